@@ -1,0 +1,1 @@
+"""Who owns which token and which head, and how it travels between ranks."""

@@ -1,0 +1,1 @@
+"""The mathematics on one device: varlen batches, initial states, no ranks."""

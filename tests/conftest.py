@@ -1,0 +1,33 @@
+"""What every test shares: quiet threads, poisoned memory, and one way to run a function on several ranks."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks and xdist workers share few cores
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core compiles small functions at import; tests need none of it
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks as _run_ranks
+
+torch.set_num_threads(1)
+# Fills torch.empty with NaN, so that an element that nobody wrote is seen.
+torch.use_deterministic_algorithms(True, warn_only=True)
+torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests, saying why, where the GPUs that they need are absent."""
+    available = torch.cuda.device_count()
+    for item in items:
+        needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+        if needed > available:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), this machine has {available}"))
+
+
+@pytest.fixture
+def run_ranks():
+    """The one way to test on several ranks: see `tests.ranks.run_ranks`."""
+    return _run_ranks

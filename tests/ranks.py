@@ -1,0 +1,112 @@
+"""Run one function on several ranks of a gloo (or NCCL) world and hear from every one of them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+# The server imports torch once; each rank is then a fork of it, which takes milliseconds and not seconds.
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["torch", "torch.distributed", "gdn_cp", "tests.conftest"])
+
+
+class RankError(AssertionError):
+    """One or more ranks failed; the message holds each one's traceback."""
+
+
+def _worker(
+    rank: int, world_size: int, store: str, backend: str, timeout: float, pipe: Connection, payload: bytes
+) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    try:
+        if backend == "nccl":
+            torch.cuda.set_device(rank)
+        dist.init_process_group(
+            backend,
+            init_method=f"file://{store}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+        )
+        function, args = pickle.loads(payload)
+        result = ("ok", function(rank, world_size, *args))
+    except BaseException:
+        result = ("error", traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(result))
+    pipe.close()
+    if dist.is_initialized() and result[0] == "ok":
+        dist.barrier()  # nobody tears its connections down while a neighbour still uses them
+        dist.destroy_process_group()
+    os._exit(0)
+
+
+def run_ranks(
+    function: Callable[..., Any], world_size: int, *args: Any, backend: str = "gloo", timeout: float = 120.0
+) -> list[Any]:
+    """Call `function(rank, world_size, *args)` on every rank of a fresh world and return the results in rank order.
+
+    `function` is a module-level function; it and its arguments and results are pickled. The ranks meet through a file,
+    so no port is raced for. The first rank that fails ends the others, and every failure is in the RankError raised;
+    so is the silence of ranks that did not end within `timeout` seconds.
+    """
+    payload = pickle.dumps((function, args))
+    with tempfile.TemporaryDirectory() as folder:
+        store = str(Path(folder) / "store")
+        processes, pipes = [], []
+        for rank in range(world_size):
+            ours, theirs = _server.Pipe(duplex=False)
+            process = _server.Process(
+                target=_worker, args=(rank, world_size, store, backend, timeout, theirs, payload), daemon=True
+            )
+            process.start()
+            theirs.close()
+            processes.append(process)
+            pipes.append(ours)
+        try:
+            return _collect(pipes, timeout)
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    errors: dict[int, str] = {}
+    waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = time.monotonic() + timeout
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            rank = waiting.pop(pipe)  # type: ignore[index]
+            try:
+                kind, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+            except EOFError:
+                kind, value = "error", "the process died without a word"
+            if kind == "ok":
+                results[rank] = value
+            else:
+                errors[rank] = value
+                deadline = min(deadline, time.monotonic() + 5)  # the others hear of it soon or never
+    for rank in waiting.values():
+        errors[rank] = f"still running after {timeout:.0f} s (or 5 s after another rank's failure)"
+    if errors:
+        raise RankError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(errors.items())))
+    return [results[rank] for rank in range(len(pipes))]
