@@ -12,6 +12,10 @@ import torch
 
 from tests.ranks import run_ranks as _run_ranks
 
+# Without a GPU the same kernel tests run under Triton's interpreter, which must be chosen before any kernel is defined.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(1)
 # Fills torch.empty with NaN, so that an element that nobody wrote is seen.
 torch.use_deterministic_algorithms(True, warn_only=True)
