@@ -1,6 +1,6 @@
 """Gated DeltaNet training under context parallelism. See README.md; the names handed on here are the public ones.
 
-Each name is loaded from its module on first use, so that `import gdn_cp` does no work and needs neither a GPU nor Triton.
+Each name is loaded from its module on first use, so that `import gdn_cp` does no work and needs no GPU and no Triton.
 """
 
 from importlib import import_module

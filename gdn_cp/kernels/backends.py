@@ -4,8 +4,8 @@
     "reference"  the chunked form in plain torch, for any device and dtype
     "recurrent"  token by token in plain torch: slow, the definition itself
 
-A caller names one, or the environment variable GDN_CP_BACKEND does, or the choice is automatic: Triton on CUDA where it can
-serve the call, else the reference, with one warning for each reason that Triton gave.
+A caller names one, or the environment variable GDN_CP_BACKEND does, or the choice is automatic: Triton on CUDA where
+it can serve the call, else the reference, with one warning for each reason that Triton gave.
 """
 
 import os
@@ -66,10 +66,8 @@ def choose_backend(call: DeltaRuleCall, requested: str | None = None) -> Choice:
     """
     name, source = requested, "the argument backend"
     if name is None:
-        name, source = (
-            os.environ.get(ENVIRONMENT_VARIABLE) or "auto",
-            f"the environment variable {ENVIRONMENT_VARIABLE}",
-        )
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+        source = f"the environment variable {ENVIRONMENT_VARIABLE}"
     if name == "auto":
         return _choose_automatically(call)
     if name not in NAMES:

@@ -1,10 +1,11 @@
 """The public operation `chunk_gated_delta_rule`: what it accepts, and the hand-over to the backend that computes it.
 
-Dimensions: B batch, T tokens, H query/key heads, HV value heads (HV = H * r), K key head dim, V value head dim, N sequences
-(N = B without cu_seqlens).
+Dimensions: B batch, T tokens, H query/key heads, HV value heads (HV a multiple of H), K key head dim, V value head dim,
+N sequences (N = B without cu_seqlens).
 """
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -45,12 +46,12 @@ def chunk_gated_delta_rule(
     Value head j reads query/key head j // (HV / H). Differentiable in every floating-point tensor argument.
 
     Args:
-        q: [B, T, H, K] queries, bfloat16, float16, float32 or float64. float64 is computed in float64 throughout, anything
-            else with float32 states and sums.
+        q: [B, T, H, K] queries, bfloat16, float16, float32 or float64. float64 is computed in float64 throughout,
+            anything else with float32 states and sums.
         k: [B, T, H, K] keys, q's dtype.
         v: [B, T, HV, V] values, q's dtype; HV a multiple of H.
         g: [B, T, HV] log decay in nats, <= 0; None for no decay. With `use_gate_in_kernel` the raw gate.
-        beta: [B, T, HV] step size, in (0, 1) as a rule; None for ones. With `use_beta_sigmoid_in_kernel` before the sigmoid.
+        beta: [B, T, HV] step size, in (0, 1) as a rule; None for ones. With `use_beta_sigmoid_in_kernel` its logit.
         scale: factor of the queries; None for K**-0.5.
         initial_state: [N, HV, K, V] float32 state before the first token of each sequence; None for zeros.
         output_final_state: also return the state after the last token.
@@ -60,8 +61,8 @@ def chunk_gated_delta_rule(
         dt_bias: [HV] for the gate; None for 0.
         use_beta_sigmoid_in_kernel: take beta := sigmoid(beta), in float32.
         state_v_first: states are [N, HV, V, K] instead.
-        cu_seqlens: int32 or int64 [N + 1] on q's device, the row at which each packed sequence starts and, last, T. B must be
-            1. Its content is checked when it is on the CPU; on a GPU it is not read on the host.
+        cu_seqlens: int32 or int64 [N + 1] on q's device, the row at which each packed sequence starts and, last, T. B
+            must be 1. Its content is checked when it is on the CPU; on a GPU only the plain torch backends read it.
         backend: "triton", "reference", "recurrent" or "auto"; None for the environment variable GDN_CP_BACKEND.
 
     Returns:
@@ -162,8 +163,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tenso
         raise ValueError(f"heads and head dims must be at least 1, got q {list(q.shape)} and v {list(v.shape)}")
     if HV < H or HV % H:
         raise ValueError(
-            f"v has {HV} heads (HV) and q has {H} (H): HV must be a positive multiple of H, each query/key head serving "
-            "HV / H value heads; pass unrepeated q and k"
+            f"v has {HV} heads (HV) and q has {H} (H): HV must be a multiple of H, each query/key head serving HV / H "
+            "value heads; pass unrepeated q and k"
         )
     for name, x in (("g", g), ("beta", beta)):
         if x is not None and x.shape != v.shape[:3]:
@@ -197,8 +198,8 @@ def _check_gate(
         for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
             if x is not None:
                 raise ValueError(
-                    f"{name} is given but use_gate_in_kernel=False, so it would be ignored: pass use_gate_in_kernel=True "
-                    f"if g is the raw gate, or leave {name} out"
+                    f"{name} is given but use_gate_in_kernel=False, so it would be ignored: pass use_gate_in_kernel="
+                    f"True if g is the raw gate, or leave {name} out"
                 )
         return
     if g is None:
@@ -229,7 +230,7 @@ def _check_sequences(q: Tensor, cu_seqlens: Tensor | None) -> None:
     bounds = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
-    for n, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for n, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
             raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at sequence {n}")
     if bounds[-1] != T:

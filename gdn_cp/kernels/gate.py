@@ -1,13 +1,12 @@
-"""The decay gate of Gated DeltaNet: g = -exp(A_log) * softplus(alpha + dt_bias), the log of what a state keeps per token.
+"""The decay gate of Gated DeltaNet: the log of what a state keeps per token, -exp(A_log) * softplus(alpha + dt_bias).
 
 Dimensions: HV value heads; `...` any leading dimensions, usually [B, T].
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-# softplus(x) = x to the last bit of a float64 from here on (e^-40 < 2^-53); torch's default of 20 is good for float32 only.
+# softplus(x) = x to the last bit of a float64 from here on (e^-40 < 2^-53); torch's default, 20, is for float32.
 _SOFTPLUS_IS_IDENTITY = 40.0
 
 
@@ -38,7 +37,7 @@ def gdn_gate_reference(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) 
     raw = g.to(dtype)
     if dt_bias is not None:
         raw = raw + dt_bias.to(dtype)
-    return -A_log.to(dtype).exp() * F.softplus(raw, threshold=_SOFTPLUS_IS_IDENTITY)
+    return -A_log.to(dtype).exp() * torch.nn.functional.softplus(raw, threshold=_SOFTPLUS_IS_IDENTITY)
 
 
 def check_gate_arguments(g: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> None:

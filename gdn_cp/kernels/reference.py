@@ -7,11 +7,12 @@ Per value head, with state S [K, V], decay g <= 0 (log) and step size beta:
 
     S_t = e^{g_t} S_{t-1} + beta_t k_t (v_t - e^{g_t} S_{t-1}^T k_t)^T        o_t = scale * S_t^T q_t
 
-Dimensions: B batch, T tokens, H query/key heads, r value heads per key head, HV = H*r value heads, K key dim, V value dim,
-N sequences, C rows of a chunk, M chunks of all sequences together.
+Dimensions: B batch, T tokens, H query/key heads, r value heads per key head, HV = H*r value heads, K key dim, V value
+dim, N sequences, C rows of a chunk, M chunks of all sequences together.
 """
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,27 +54,15 @@ def recurrent_gated_delta_rule_reference(
     """
     out_dtype = v.dtype
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, g, beta = _prepare(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale,
-            use_qk_l2norm_in_kernel,
-            use_gate_in_kernel,
-            A_log,
-            dt_bias,
-            use_beta_sigmoid_in_kernel,
-        )
-        state = _start_state(q, v, initial_state, state_v_first, cu_seqlens)
+        gate = (A_log, dt_bias) if use_gate_in_kernel else None
+        tokens = _prepare(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel)
+        state = _start_state(tokens, initial_state, state_v_first, cu_seqlens)
         if cu_seqlens is None:
-            o, final = _recur(q, k, v, g, beta, state)
+            o, final = _recur(tokens, state)
         else:
-            bounds = cu_seqlens.tolist()
             runs = [
-                _recur(*(x[:, a:b] for x in (q, k, v, g, beta)), state[n : n + 1])
-                for n, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+                _recur(_Tokens(*(x[:, start:end] for x in tokens)), state[n : n + 1])
+                for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist()))
             ]
             o, final = torch.cat([run[0] for run in runs], 1), torch.cat([run[1] for run in runs])
         return o.flatten(2, 3).to(out_dtype), _end_state(final, state_v_first) if output_final_state else None
@@ -105,43 +94,34 @@ def chunk_gated_delta_rule_reference(
     """
     out_dtype, (B, T) = v.dtype, v.shape[:2]
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v, g, beta = _prepare(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            scale,
-            use_qk_l2norm_in_kernel,
-            use_gate_in_kernel,
-            A_log,
-            dt_bias,
-            use_beta_sigmoid_in_kernel,
-        )
-        state = _start_state(q, v, initial_state, state_v_first, cu_seqlens)
+        gate = (A_log, dt_bias) if use_gate_in_kernel else None
+        tokens = _prepare(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel)
+        state = _start_state(tokens, initial_state, state_v_first, cu_seqlens)
         bounds = tuple(n * T for n in range(B + 1)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
         table = _chunk_table(bounds, chunk_size, q.device)
-        q, k, v, g, beta = (
-            _pick_rows(x.flatten(0, 1), table.rows, table.places, table.is_padding, None).unflatten(0, (-1, chunk_size))
-            for x in (q, k, v, g, beta)
+        rows = (_pick_rows(x.flatten(0, 1), table.rows, table.places, table.is_padding) for x in tokens)
+        q, k, *rest = (x.unflatten(0, (-1, chunk_size)) for x in rows)
+        chunks = _Tokens(q.movedim(1, 2), k.movedim(1, 2), *(x.movedim(1, 3) for x in rest))
+        o, final = _chunked(chunks, _pick_rows(state, table.order, table.order_inverse), table.active)
+        o = _pick_rows(o.movedim(3, 1).flatten(0, 1), table.places, table.rows, None, table.is_padding).unflatten(
+            0, (B, T)
         )
-        o, final = _chunked(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.permute(0, 2, 3, 1, 4),
-            g.permute(0, 2, 3, 1),
-            beta.permute(0, 2, 3, 1),
-            _pick_rows(state, table.order, table.order_inverse),
-            table.active,
-        )
-        o = o.permute(0, 3, 1, 2, 4).flatten(0, 1)
-        o = _pick_rows(o, table.places, table.rows, None, table.is_padding).unflatten(0, (B, T))
         final = _pick_rows(final, table.order_inverse, table.order)
         return o.flatten(2, 3).to(out_dtype), _end_state(final, state_v_first) if output_final_state else None
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Tokens(NamedTuple):
+    """What the recurrence reads, in the dtype of the computation; scale, gate, sigmoid and norm are applied already."""
+
+    q: Tensor  # [B, T, H, K]
+    k: Tensor  # [B, T, H, K]
+    v: Tensor  # [B, T, H, r, V]
+    g: Tensor  # [B, T, H, r]
+    beta: Tensor  # [B, T, H, r]
 
 
 def _prepare(
@@ -152,12 +132,9 @@ def _prepare(
     beta: Tensor | None,
     scale: float | None,
     use_l2norm: bool,
-    use_gate: bool,
-    A_log: Tensor | None,
-    dt_bias: Tensor | None,
+    gate: tuple[Tensor | None, Tensor | None] | None,
     use_sigmoid: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Everything per token: q (scaled) and k [B, T, H, K], v [B, T, H, r, V], g and beta [B, T, H, r], as computed with."""
+) -> _Tokens:
     dtype, H = _compute_dtype(v), q.shape[2]
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if use_l2norm:
@@ -165,7 +142,8 @@ def _prepare(
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     if g is None:
         g = v.new_zeros(v.shape[:3])
-    elif use_gate:
+    elif gate is not None:
+        A_log, dt_bias = gate
         assert A_log is not None
         g = gdn_gate_reference(g, A_log, dt_bias)
     if beta is None:
@@ -173,15 +151,15 @@ def _prepare(
     elif use_sigmoid:
         beta = beta.to(dtype).sigmoid()
     grouped = (H, v.shape[2] // H)
-    return q, k, v.unflatten(2, grouped), g.to(dtype).unflatten(2, grouped), beta.to(dtype).unflatten(2, grouped)
+    return _Tokens(q, k, *(x.to(dtype).unflatten(2, grouped) for x in (v, g, beta)))
 
 
-def _start_state(q: Tensor, v: Tensor, state: Tensor | None, v_first: bool, cu_seqlens: Tensor | None) -> Tensor:
-    """[N, H, r, K, V] in the dtype of the computation; v is [B, T, H, r, V] already."""
-    (B, _, H, r, V), K = v.shape, q.shape[-1]
+def _start_state(tokens: _Tokens, state: Tensor | None, v_first: bool, cu_seqlens: Tensor | None) -> Tensor:
+    """[N, H, r, K, V] in the dtype of the computation."""
+    (B, _, H, r, V), K = tokens.v.shape, tokens.q.shape[-1]
     if state is None:
-        return v.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, H, r, K, V)
-    return (state.transpose(-1, -2) if v_first else state).to(v.dtype).unflatten(1, (H, r))
+        return tokens.v.new_zeros(B if cu_seqlens is None else len(cu_seqlens) - 1, H, r, K, V)
+    return (state.transpose(-1, -2) if v_first else state).to(tokens.v.dtype).unflatten(1, (H, r))
 
 
 def _end_state(state: Tensor, v_first: bool) -> Tensor:
@@ -189,35 +167,34 @@ def _end_state(state: Tensor, v_first: bool) -> Tensor:
     return state.transpose(-1, -2).contiguous() if v_first else state
 
 
-def _recur(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _recur(tokens: _Tokens, state: Tensor) -> tuple[Tensor, Tensor]:
     """One pass over the tokens of B sequences of equal length; `state` is [B, H, r, K, V]."""
     outputs = []
-    for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(1) for x in (q, k, v, g, beta)), strict=True):
+    for q_t, k_t, v_t, g_t, beta_t in zip(*(x.unbind(1) for x in tokens), strict=True):
         state = state * g_t.exp()[..., None, None]
         error = v_t - torch.einsum("bhk,bhrkv->bhrv", k_t, state)
         state = state + torch.einsum("bhk,bhrv->bhrkv", k_t, beta_t[..., None] * error)
         outputs.append(torch.einsum("bhk,bhrkv->bhrv", q_t, state))
-    return torch.stack(outputs, 1) if outputs else v, state
+    return torch.stack(outputs, 1) if outputs else tokens.v, state
 
 
-def _chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, active: tuple[int, ...]
-) -> tuple[Tensor, Tensor]:
+def _chunked(chunks: _Tokens, state: Tensor, active: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """The chunked delta rule over chunks in lockstep order.
 
-    With G the running sum of g in a chunk, Gam_ij = e^(G_i - G_j) for i >= j and L = stricttril(diag(beta) K K^T * Gam):
+    With G the running sum of g in a chunk, Gam_ij = e^(G_i - G_j) for i >= j, L = stricttril(diag(beta) K K^T * Gam):
 
         [Y | W] = (I + L)^-1 diag(beta) [V | e^G K]      U = Y - W S      S+ = e^(G_C) S + K^T (e^(G_C - G) U)
         O = e^G (Q S) + (Q K^T * Gam) U
 
     Args:
-        q, k: [M, H, C, K]; v: [M, H, r, C, V]; g, beta: [M, H, r, C]. Rows of padding are zero.
+        chunks: q, k [M, H, C, K]; v [M, H, r, C, V]; g, beta [M, H, r, C]. Rows of padding are zero.
         state: [N, H, r, K, V], the sequence with most chunks first.
         active: number of sequences that have a chunk at each step; chunks are ordered by step, then by sequence.
 
     Returns:
         o [M, H, r, C, V] and the states after the last chunk of each sequence, in the order of `state`.
     """
+    q, k, v, g, beta = chunks
     C, V = v.shape[-2:]
     # A long run of strong gates makes |G| large and the differences that matter small: float64 keeps their digits.
     G = g.to(torch.float64).cumsum(-1)
@@ -248,7 +225,7 @@ def _chunked(
 
 
 class _ChunkTable(NamedTuple):
-    """Where the chunks of a packed batch lie. Chunks are ordered by their index in the sequence, then longest sequence first."""
+    """Where the chunks of a packed batch lie, ordered by their index in the sequence, then longest sequence first."""
 
     rows: Tensor | None  # int64 [M*C]: token row of each row of a chunk, 0 for padding; None when that is the identity
     places: Tensor | None  # int64 [T]: row among the chunks' rows of each token, the inverse of `rows`
@@ -298,7 +275,7 @@ def _pick_rows(
 ) -> Tensor:
     """x[index], with the rows of the result where `zero` is True set to 0; index None means all rows as they are.
 
-    `inverse` and `zero_backward` describe the inverse map, which is the gradient: a gather again, with no atomic addition.
+    `inverse` and `zero_backward` describe the inverse map, which is the gradient: again a gather, no atomic addition.
     """
     if index is None:
         return x
