@@ -41,6 +41,9 @@ class _Tables(NamedTuple):
     padding: Tensor | None  # bool [T], natural order; None: nothing is padded
     padding_rank_major: Tensor | None  # bool [T], rank-major order
 
+    def to(self, device: torch.device) -> _Tables:
+        return _Tables(_to_device(self.cu_seqlens, device), *(_copy(table, device) for table in self[1:]))
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ThdLayout:
@@ -222,7 +225,7 @@ class ThdLayout:
         target = _full_device(device)
         if target == self.device:
             return self
-        tables = _Tables(*(_copy(table, target) for table in self._host))
+        tables = self._host.to(target)
         return ThdLayout(self.kind, self.cp_size, self.cu_seqlens, self.seqlens, target, self._cut, self._host, tables)
 
     def digest(self) -> int:
@@ -291,8 +294,7 @@ def _build(kind: str, cut: Cut, cu_seqlens: Any, cp_size: Any, seqlens: Any, dev
         padding_rank_major = padding[torch.from_numpy(rank_major)]
     host = _Tables(torch.from_numpy(cu.astype(np.int32)), to_rank_major, to_natural, padding, padding_rank_major)
     target = _full_device(device)
-    tables = _Tables(*(_copy(table, target) for table in host))
-    return ThdLayout(kind, ranks, tuple(cu.tolist()), tuple(real.tolist()), target, cut, host, tables)
+    return ThdLayout(kind, ranks, tuple(cu.tolist()), tuple(real.tolist()), target, cut, host, host.to(target))
 
 
 def _permutation(gather: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
