@@ -1,0 +1,448 @@
+"""The Gated DeltaNet mixer, all between in_proj and out_proj, as one function, and a plain torch module around it.
+
+    in_proj -> all-to-all of q, k, v, beta, alpha -> conv + SiLU -> delta rule -> all-to-all back
+            -> RMSNorm gated by z -> out_proj
+
+z never travels: the gated norm is per token and head, so it runs where z already is. Every stage is the identity when
+it has nothing to do. The layer is that of Gated Delta Networks (arXiv:2412.06464) with the sections, the initialisation
+and the gated norm of Qwen3-Next.
+
+Dimensions: t local rows of this rank, T rows of the whole batch, H query/key heads, HV value heads (v head j belongs to
+q/k head j // (HV/H)), K key dim, V value dim, W convolution width, P context-parallel size, N sequences. `_cp` names
+rows cut over the ranks with all heads, `_hp` all rows with this rank's heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gdn_cp.comm.all_to_all import cp_to_hp, hp_to_cp
+from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.kernels.chunk import chunk_gated_delta_rule
+from gdn_cp.kernels.conv1d import causal_conv1d
+from gdn_cp.kernels.norm import gated_rms_norm
+
+A_INIT_RANGE = (0.01, 16.0)  # as Qwen3-Next; the lower end keeps log(A) finite
+
+
+@dataclass(frozen=True)
+class GdnDims:
+    """Head counts and widths of one layer on one tensor-parallel rank.
+
+    Raises ValueError where a count is not positive or `num_v_heads` is not a multiple of `num_k_heads`.
+    """
+
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    conv_kernel: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_v_heads % self.num_k_heads:
+            raise ValueError(
+                f"num_v_heads={self.num_v_heads} must be a multiple of num_k_heads={self.num_k_heads}: "
+                "each q/k head serves the same number of v heads"
+            )
+
+    @property
+    def sections(self) -> tuple[int, int, int, int, int, int]:
+        """Widths of q, k, v, z, beta, alpha in the projection, in this order."""
+        qk, v = self.num_k_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
+        return qk, qk, v, v, self.num_v_heads, self.num_v_heads
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: q, k and v."""
+        return sum(self.sections[:3])
+
+    @property
+    def in_proj_dim(self) -> int:
+        """Width of the projection: all six sections."""
+        return sum(self.sections)
+
+    def per_rank(self, a2a_size: int) -> GdnDims:
+        """The heads that one rank runs after the all-to-all over `a2a_size` ranks.
+
+        Raises ValueError where the head counts are not divisible.
+        """
+        for name in ("num_k_heads", "num_v_heads"):
+            if getattr(self, name) % a2a_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} (of this tensor-parallel rank) is not divisible by "
+                    f"a2a_size={a2a_size}: choose a context- or tensor-parallel size that divides the heads"
+                )
+        return replace(self, num_k_heads=self.num_k_heads // a2a_size, num_v_heads=self.num_v_heads // a2a_size)
+
+
+def gated_delta_net_mixer(
+    projected: Tensor,
+    *,
+    dims: GdnDims,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None = None,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    out_norm_weight: Tensor,
+    layout: ThdLayout | None = None,
+    group: dist.ProcessGroup | None = None,
+    a2a_size: int | None = None,
+    norm_eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """Mix the tokens of each sequence: from the input projection's output to the output projection's input.
+
+    Per v head, with q, k, v after the causal convolution and SiLU, q and k of unit length, beta = sigmoid(beta) and
+    g = -exp(A_log) * softplus(alpha + dt_bias):
+
+        S_t = exp(g_t) * S_{t-1} + beta_t * k_t (v_t - k_t^T exp(g_t) S_{t-1})^T,   o_t = K^-0.5 * S_t^T q_t
+        out = rmsnorm(o) * out_norm_weight * silu(z)
+
+    Args:
+        projected: [t, in_proj_dim], sections q, k, v, z, beta, alpha; rows as `layout` gives them to this rank.
+        dims: the heads of this tensor-parallel rank, before the exchange.
+        conv1d_weight: [conv_dim, 1, W], channels of q, k, v.
+        conv1d_bias: [conv_dim] or None.
+        A_log: [HV] float32 (float64 with float64 input), as is dt_bias [HV].
+        out_norm_weight: [V].
+        layout: which rows this rank holds. None: one unpadded sequence on one rank.
+        group: the context-parallel group; None: one rank.
+        a2a_size: ranks that trade heads for tokens; only the group's size (the default) is available.
+        norm_eps: epsilon of the gated RMSNorm.
+        backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
+
+    Returns:
+        [t, HV*V] in the dtype of `projected`. Padded rows are zero, whatever stands in them (NaN too), and have no
+        effect on any gradient.
+
+    Each rank's parameter gradients cover its own heads and tokens, so their sum over the group is the gradient.
+
+    Raises:
+        ValueError: for whatever does not fit, before any collective: shapes, dtypes, devices, heads not divisible by
+            a2a_size, a group without a layout.
+    """
+    size = 1 if group is None else group.size()
+    rank = 0 if group is None else group.rank()
+    a2a_size = _check_call(projected, dims, layout, size, a2a_size)
+    _check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
+    heads = dims.per_rank(a2a_size)
+
+    padding = None if layout is None else layout.local_padding(rank)
+    if padding is not None:
+        projected = projected.masked_fill(padding[:, None], 0)
+    qkv_widths = dims.sections[:3]
+    qkv, z_cp, beta, alpha = projected.split((dims.conv_dim, *dims.sections[3:]), dim=1)
+    if layout is not None:
+        sections = (qkv_widths, dims.num_v_heads, dims.num_v_heads)
+        qkv, beta, alpha = cp_to_hp((qkv, beta, alpha), layout, group, sections=sections, a2a_size=a2a_size)
+    o_hp = _mix_sequences(
+        qkv,
+        beta,
+        alpha,
+        heads,
+        conv1d_weight=_of_this_rank(conv1d_weight, qkv_widths, rank, a2a_size),
+        conv1d_bias=None if conv1d_bias is None else _of_this_rank(conv1d_bias, qkv_widths, rank, a2a_size),
+        A_log=_of_this_rank(A_log, (dims.num_v_heads,), rank, a2a_size),
+        dt_bias=_of_this_rank(dt_bias, (dims.num_v_heads,), rank, a2a_size),
+        cu_seqlens=None if layout is None else layout.cu_seqlens_tensor(),
+        backend=backend,
+    )
+    o_cp = o_hp if layout is None else hp_to_cp(o_hp, layout, group, a2a_size=a2a_size)
+
+    per_head = (dims.num_v_heads, dims.head_v_dim)
+    out = gated_rms_norm(o_cp.unflatten(1, per_head), z_cp.unflatten(1, per_head), out_norm_weight, norm_eps).flatten(1)
+    # z is zero on padded rows, so out is too; the mask keeps a NaN gradient that arrives there from passing.
+    return out if padding is None else out.masked_fill(padding[:, None], 0)
+
+
+def _mix_sequences(
+    qkv: Tensor,
+    beta: Tensor,
+    alpha: Tensor,
+    heads: GdnDims,
+    *,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    cu_seqlens: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Convolution and delta rule over whole sequences of this rank's heads: [T, ...] -> [T, HV*V].
+
+    What recurs along a sequence stands here and nowhere else, so this is where a cut inside a sequence is to be mended:
+    boundary rows before the convolution, an initial state per segment before the rule.
+    """
+    qkv = causal_conv1d(qkv, conv1d_weight, conv1d_bias, cu_seqlens=cu_seqlens, activation="silu")
+    q, k, v = qkv.split(heads.sections[:3], dim=1)
+    o, _ = chunk_gated_delta_rule(
+        q.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
+        k.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
+        v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0),
+        g=alpha.unsqueeze(0),
+        beta=beta.unsqueeze(0),
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_beta_sigmoid_in_kernel=True,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    return o.squeeze(0).flatten(1)
+
+
+def _of_this_rank(parameter: Tensor, sections: Sequence[int], rank: int, size: int) -> Tensor:
+    """This rank's share of each section of dim 0, side by side; autograd leaves zeros for the other ranks' heads."""
+    if size == 1:
+        return parameter
+    shares = [width // size for width in sections]
+    parts = parameter.split(tuple(sections))
+    return torch.cat([part.narrow(0, rank * share, share) for part, share in zip(parts, shares, strict=True)])
+
+
+def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size: int, a2a_size: int | None) -> int:
+    """Refuse rows, layout and group that do not fit each other; return the resolved a2a_size."""
+    if projected.dim() != 2 or projected.shape[1] != dims.in_proj_dim:
+        raise ValueError(
+            f"projected has shape {tuple(projected.shape)}, expected [rows, {dims.in_proj_dim}]: the sections q, k, v, "
+            f"z, beta, alpha of widths {dims.sections}"
+        )
+    if not projected.dtype.is_floating_point:
+        raise ValueError(f"projected has dtype {projected.dtype}, expected a floating-point dtype")
+    if layout is None:
+        if size > 1:
+            raise ValueError(
+                f"layout=None with a group of {size} ranks: pass the ThdLayout that says which rows each rank holds"
+            )
+    else:
+        if layout.cp_size != size:
+            raise ValueError(
+                f"layout.cp_size={layout.cp_size} but group has {size} rank(s): build the layout for this group's size"
+            )
+        if projected.shape[0] != layout.t_local:
+            raise ValueError(
+                f"projected has {projected.shape[0]} rows but layout.t_local={layout.t_local}: pass this rank's rows"
+            )
+        if layout.cu_seqlens_tensor().device != projected.device:
+            raise ValueError(
+                f"layout is on {layout.cu_seqlens_tensor().device} but projected on {projected.device}: "
+                "use layout.to(device) once per batch"
+            )
+    if a2a_size is None or a2a_size == size:
+        return size
+    if a2a_size < 1 or size % a2a_size:
+        raise ValueError(f"a2a_size={a2a_size} does not divide the context-parallel size {size}")
+    raise ValueError(
+        f"a2a_size={a2a_size} below the context-parallel size {size} needs state passing, which is not available in "
+        f"this version: use a2a_size=cp_size={size}"
+    )
+
+
+def _check_parameters(
+    projected: Tensor,
+    dims: GdnDims,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    out_norm_weight: Tensor,
+) -> None:
+    """Refuse parameters of another shape, dtype or device than `dims` and `projected` ask for."""
+    gate_dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
+    expected = {
+        "conv1d_weight": (conv1d_weight, (dims.conv_dim, 1, dims.conv_kernel), None),
+        "conv1d_bias": (conv1d_bias, (dims.conv_dim,), None),
+        "A_log": (A_log, (dims.num_v_heads,), gate_dtype),
+        "dt_bias": (dt_bias, (dims.num_v_heads,), gate_dtype),
+        "out_norm_weight": (out_norm_weight, (dims.head_v_dim,), None),
+    }
+    for name, (parameter, shape, dtype) in expected.items():
+        if parameter is None:
+            if name in ("A_log", "dt_bias"):
+                raise ValueError(f"{name}=None: the gate needs it, [{dims.num_v_heads}] in {gate_dtype}")
+            continue
+        if tuple(parameter.shape) != shape:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected {shape} for {dims}")
+        if dtype is not None and parameter.dtype != dtype:
+            raise ValueError(
+                f"{name} has dtype {parameter.dtype}, expected {dtype}: the gate is an exponential of it, keep it out "
+                "of casts to half precision"
+            )
+        if parameter.device != projected.device:
+            raise ValueError(f"{name} is on {parameter.device} but projected on {projected.device}")
+
+
+def keep_precision(convert: Callable[[Tensor], Tensor], *parameters: Tensor) -> Callable[[Tensor], Tensor]:
+    """Wrap the function that `nn.Module._apply` maps over tensors: `parameters` are never cast to half precision.
+
+    They still move with `convert` to another device, and their gradients with them.
+    """
+
+    def converted(tensor: Tensor) -> Tensor:
+        result = convert(tensor)
+        kept = any(tensor is p or tensor is p.grad for p in parameters)
+        if kept and result.dtype in (torch.bfloat16, torch.float16):
+            return tensor.to(result.device)
+        return result
+
+    return converted
+
+
+@lru_cache(maxsize=16)
+def _whole_sequences(batch: int, seqlen: int, device: torch.device) -> ThdLayout:
+    return ThdLayout.batched(batch, seqlen, 1, device=device)
+
+
+class GatedDeltaNet(nn.Module):
+    """A Gated DeltaNet layer as a plain module: parameters only; layout and group are given at each call.
+
+    Parameters: `in_proj` (no bias; rows in the order q, k, v, z, beta, alpha), `conv1d` (depthwise, [conv_dim, 1, W]),
+    `A_log` and `dt_bias` [HV] (float32 whatever `dtype` is, and through `.to(torch.bfloat16)`, `.half()` and the like),
+    `out_norm`, `out_proj` (no bias). Initialised as Qwen3-Next: A uniform in [0.01, 16], dt_bias ones.
+
+    Under context parallelism each rank's gradients are its part; their sum over the group is the gradient.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_k_heads: int,
+        num_v_heads: int,
+        head_k_dim: int = 128,
+        head_v_dim: int = 128,
+        conv_kernel: int = 4,
+        *,
+        norm_eps: float = 1e-6,
+        conv_bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.norm_eps = norm_eps
+        self.dims = dims = GdnDims(num_k_heads, num_v_heads, head_k_dim, head_v_dim, conv_kernel)
+        value_dim = num_v_heads * head_v_dim
+        self.in_proj = nn.Linear(hidden_size, dims.in_proj_dim, bias=False, device=device, dtype=dtype)
+        self.conv1d = nn.Conv1d(
+            dims.conv_dim,
+            dims.conv_dim,
+            conv_kernel,
+            groups=dims.conv_dim,
+            bias=conv_bias,
+            device=device,
+            dtype=dtype,
+        )
+        gate_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.A_log = nn.Parameter(torch.empty(num_v_heads, device=device, dtype=gate_dtype))
+        self.dt_bias = nn.Parameter(torch.empty(num_v_heads, device=device, dtype=gate_dtype))
+        self.out_norm = nn.RMSNorm(head_v_dim, eps=norm_eps, device=device, dtype=dtype)
+        self.out_proj = nn.Linear(value_dim, hidden_size, bias=False, device=device, dtype=dtype)
+        self.reset_gate()
+
+    @torch.no_grad()
+    def reset_gate(self) -> None:
+        """Draw A_log anew and set dt_bias to ones."""
+        self.A_log.uniform_(*A_INIT_RANGE).log_()
+        self.dt_bias.fill_(1.0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedDeltaNet:
+        return super()._apply(keep_precision(fn, self.A_log, self.dt_bias), recurse)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        layout: ThdLayout | None = None,
+        group: dist.ProcessGroup | None = None,
+        a2a_size: int | None = None,
+        backend: str | None = None,
+        batch_first: bool = True,
+    ) -> Tensor:
+        """Run the layer on this rank's rows.
+
+        Args:
+            hidden_states: [t, hidden] packed rows (a layout is required), or [B, S, hidden] ([S, B, hidden] with
+                `batch_first=False`): B sequences, of each of which this rank holds S tokens. For a batch on several
+                ranks pass `ThdLayout.batched(B, S * cp_size, cp_size, kind=...)`.
+            layout: which rows this rank holds; see `gated_delta_net_mixer`, as for group, a2a_size and backend.
+            group: the context-parallel group; None: one rank.
+            a2a_size: ranks that trade heads for tokens.
+            backend: implementation of the delta rule.
+            batch_first: order of a three-dimensional input.
+
+        Returns:
+            The same shape as `hidden_states`. Padded rows are zero.
+
+        Raises:
+            ValueError: packed rows, or a batch on several ranks, without a layout; and as `gated_delta_net_mixer`.
+        """
+        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != self.hidden_size:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}, expected [rows, {self.hidden_size}] or three "
+                f"dimensions ending in {self.hidden_size}"
+            )
+        rows = hidden_states
+        if hidden_states.dim() == 3:
+            by_batch = hidden_states if batch_first else hidden_states.transpose(0, 1)
+            layout = self._layout_of_batch(by_batch, layout, group)
+            rows = by_batch.flatten(0, 1)
+        elif layout is None:
+            raise ValueError(
+                "layout=None with packed rows [t, hidden]: pass a ThdLayout, since without sequence boundaries "
+                "documents would leak into each other; for one sequence pass [1, S, hidden]"
+            )
+        mixed = gated_delta_net_mixer(
+            self.in_proj(rows),
+            dims=self.dims,
+            conv1d_weight=self.conv1d.weight,
+            conv1d_bias=self.conv1d.bias,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            out_norm_weight=self.out_norm.weight,
+            layout=layout,
+            group=group,
+            a2a_size=a2a_size,
+            norm_eps=self.norm_eps,
+            backend=backend,
+        )
+        out = self.out_proj(mixed)
+        if hidden_states.dim() == 2:
+            return out
+        if batch_first:
+            return out.view(hidden_states.shape)
+        return out.view(hidden_states.shape[1], hidden_states.shape[0], -1).transpose(0, 1)
+
+    def _layout_of_batch(
+        self, by_batch: Tensor, layout: ThdLayout | None, group: dist.ProcessGroup | None
+    ) -> ThdLayout:
+        """The layout of a [B, S, hidden] input: the given one if it fits, or B whole sequences on one rank."""
+        batch, seqlen = by_batch.shape[:2]
+        size = 1 if group is None else group.size()
+        if layout is None:
+            if size > 1:
+                raise ValueError(
+                    f"layout=None with a batch on {size} ranks: pass "
+                    f"layout=ThdLayout.batched({batch}, {seqlen * size}, {size}, kind=...), which says how each "
+                    "sequence is cut"
+                )
+            return _whole_sequences(batch, seqlen, by_batch.device)
+        equal_lengths = tuple(i * seqlen * layout.cp_size for i in range(batch + 1))
+        # A flat cut leaves the first rank the first sequences only, a batched one some of each.
+        if batch > 1 and (
+            layout.cu_seqlens != equal_lengths or set(layout.segments(1, 0).sequence_ids) != set(range(batch))
+        ):
+            raise ValueError(
+                f"hidden_states holds {batch} sequences of {seqlen} local tokens each, which {layout} does not: pass "
+                f"ThdLayout.batched({batch}, {seqlen * layout.cp_size}, {layout.cp_size}), or packed rows [t, hidden]"
+            )
+        return layout

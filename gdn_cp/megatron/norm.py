@@ -1,0 +1,44 @@
+"""RMSNorm for Megatron models without Transformer Engine: with sequence parallelism and zero-centred weights.
+
+Megatron's fallback, torch's own norm, refuses both.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, returned in x's dtype.
+
+    With `config.layernorm_zero_centered_gamma` the stored weight is the gain minus one. With sequence parallelism the
+    weight is marked, so that Megatron's `finalize_model_grads` (or `gdn_cp.megatron.reduce_gradients`) sums its
+    gradient over the tensor-parallel ranks.
+
+    Raises:
+        ValueError: for a config whose normalization is not "RMSNorm".
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        if config.normalization != "RMSNorm":
+            raise ValueError(f"config.normalization={config.normalization!r}: only 'RMSNorm' is supported")
+        self.eps = eps
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
+        start = torch.zeros if self.zero_centered else torch.ones
+        self.weight = nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def gain(self) -> Tensor:
+        """The factor that the norm multiplies by, [hidden_size]; one plus the weight is not rounded to its dtype."""
+        if not self.zero_centered:
+            return self.weight
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [..., hidden_size]."""
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        return nn.functional.rms_norm(full, (x.shape[-1],), self.gain().to(full.dtype), self.eps).to(x.dtype)
