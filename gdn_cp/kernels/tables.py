@@ -1,7 +1,7 @@
 """Which rows each program of the delta-rule kernels works on: chunk and piece tables, built on the device.
 
-A packed batch is cut twice. A *chunk* is up to 64 rows of one sequence, the unit of the parallel kernels; chunks start at
-the start of their sequence. A *piece* is a run of chunks of one sequence, the unit of the kernels that walk along it.
+A packed batch is cut twice. A *chunk* is up to 64 rows of one sequence, the unit of the parallel kernels; chunks start
+at the start of their sequence. A *piece* is a run of chunks of one sequence, the unit of kernels that walk along it.
 The sequence lengths are on the device and the host must not wait for them, so tables are sized by a bound that follows
 from shapes alone, and entries past the end carry sequence -1: programs that meet one return at once.
 
@@ -54,7 +54,7 @@ def _tables_kernel(
     VARLEN: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program n writes the entries of sequence n, after counting those of the sequences before it; the last one also
-    marks the unused entries. The count is repeated by every program: a sum over n lengths is cheaper than a second launch.
+    marks the unused entries. Every program repeats the count: a sum over n lengths is cheaper than a second launch.
     """
     n = tl.program_id(0)
     first_chunk = 0
@@ -133,7 +133,7 @@ def chunk_tables(
         piece_chunks: chunks of a piece; 0: a sequence is one piece.
 
     Tables are cached by the identity and version of `cu_seqlens`, so that the layers of a model share them. A cached
-    table is not taken while a CUDA graph is captured if it was built from `cu_seqlens`, whose values a replay may change.
+    table is not taken while a CUDA graph is captured if it was built from `cu_seqlens`: a replay may change its values.
     """
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
     shape_key = (batch, seqlen, piece_chunks, device, _stream(device))

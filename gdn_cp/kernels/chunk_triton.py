@@ -1,0 +1,301 @@
+"""The Triton backend of `chunk_gated_delta_rule`: what it serves, and its registration as torch custom operations.
+
+    tables -> prepare (all chunks at once) -> chain (along each sequence)        `chunk_prepare`, `chunk_fwd`
+    backward: the chains again, and what is local to a chunk                      `chunk_bwd`
+
+Two operations, `gdn_cp::chunk_gated_delta_rule_fwd` and `_bwd`, are opaque to torch.compile and to activation
+checkpointing, and carry shapes for tracing. Kept for the backward: the inputs, the cumulative gate, beta as used, the
+inverse norms and the inverse of each chunk; nothing of size K * V per chunk.
+
+Dimensions: B batch, T tokens, H query/key heads, HV value heads, K, V head dims, N sequences, NT chunks (bound).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_cp.kernels.backends import DeltaRuleCall
+from gdn_cp.kernels.chunk_fwd import chain_forward
+from gdn_cp.kernels.chunk_prepare import Prepared, prepare
+from gdn_cp.kernels.tables import CHUNK, chunk_tables
+
+MAX_HEAD_DIM = 256
+
+
+def unsupported(call: DeltaRuleCall) -> str | None:
+    """Why these kernels cannot serve `call`, or None when they can."""
+    if call.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its dtype is {call.dtype}, these kernels take bfloat16, float16 and float32"
+    for name, dtype in (("g", call.gate_dtype), ("beta", call.beta_dtype)):
+        if dtype == torch.float64:
+            return f"{name} is float64, these kernels compute it in float32"
+    for name, dim in (("K", call.K), ("V", call.V)):
+        if dim % 16 or not 16 <= dim <= MAX_HEAD_DIM:
+            return f"its head dim {name} = {dim} is not a multiple of 16 up to {MAX_HEAD_DIM}"
+    if call.device_type == "cuda" and call.capability is not None and call.capability < (8, 0):
+        return f"the GPU's compute capability is {call.capability}, these kernels need 8.0 or newer"
+    if os.environ.get("TRITON_INTERPRET") == "1" and call.dtype != torch.float32:
+        return f"Triton's interpreter multiplies {call.dtype} wrongly, use float32 with it"
+    return None
+
+
+def _even_rows(x: Tensor | None) -> Tensor | None:
+    """x [B, T, ...] with a contiguous last dimension and rows b*T + t at even distances; a copy only where needed."""
+    if x is None:
+        return None
+    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if even and x.stride(-1) == 1 else x.contiguous()
+
+
+def _absent(like: Tensor) -> Tensor:
+    """Stands for None among the results of a custom operation."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+@torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_fwd", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    state_v_first: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state, G, bt, rq, rk, Ag); a tensor without elements stands for None."""
+    B, T, HV, _ = v.shape
+    q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)  # pyright: ignore[reportAssignmentType]
+    tables = chunk_tables(B, T, cu_seqlens, q.device)
+    prepared = prepare(
+        q,
+        k,
+        _even_rows(g),
+        _even_rows(beta),
+        tables,
+        scale=scale,
+        num_v_heads=HV,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+    )
+    o, final = chain_forward(
+        q,
+        k,
+        v,
+        prepared,
+        tables,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        state_v_first=state_v_first,
+    )
+    kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
+    G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)
+    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag
+
+
+@_forward.register_fake
+def _(
+    q, k, v, g, beta, scale, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, use_qk_l2norm_in_kernel,
+    use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first,
+):  # fmt: skip
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    if cu_seqlens is None:
+        N, NT = B, B * ((T + CHUNK - 1) // CHUNK)
+    else:
+        N = cu_seqlens.shape[0] - 1
+        NT = (T + (CHUNK - 1) * N) // CHUNK
+    state = ((N, HV, V, K) if state_v_first else (N, HV, K, V)) if output_final_state else (0,)
+    norms = (NT, H, CHUNK) if use_qk_l2norm_in_kernel else (0,)
+
+    def float32(*shape):
+        return q.new_empty(shape, dtype=torch.float32)
+
+    return (
+        v.new_empty((B, T, HV, V)),
+        float32(*state),
+        float32(NT, HV, CHUNK),
+        float32(NT, HV, CHUNK),
+        float32(*norms),
+        float32(*norms),
+        q.new_empty((NT, HV, CHUNK, CHUNK)),
+    )
+
+
+@torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_bwd", mutates_args=())
+def _backward(
+    do: Tensor,
+    dht: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    G: Tensor,
+    bt: Tensor,
+    rq: Tensor,
+    rk: Tensor,
+    Ag: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    cu_seqlens: Tensor | None,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    state_v_first: bool,
+    need_dh0: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None."""
+    from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd
+
+    norm = use_qk_l2norm_in_kernel
+    gradients = chunk_gated_delta_rule_bwd(
+        do if do.stride(-1) == 1 else do.contiguous(),
+        dht,
+        _even_rows(q),
+        _even_rows(k),
+        _even_rows(v),
+        _even_rows(g),
+        _even_rows(beta),
+        Prepared(G, bt, rq if norm else None, rk if norm else None, Ag),
+        cu_seqlens,
+        scale=scale,
+        initial_state=initial_state,
+        A_log=A_log,
+        dt_bias=dt_bias,
+        use_qk_l2norm_in_kernel=norm,
+        use_gate_in_kernel=use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
+        state_v_first=state_v_first,
+        need_dh0=need_dh0,
+    )
+    dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = (_absent(q) if x is None else x for x in gradients)
+    return dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias
+
+
+@_backward.register_fake
+def _(
+    do, dht, q, k, v, g, beta, G, bt, rq, rk, Ag, scale, initial_state, A_log, dt_bias, cu_seqlens,
+    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, need_dh0,
+):  # fmt: skip
+    HV, N = v.shape[2], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    state = (N, HV, v.shape[3], q.shape[3]) if state_v_first else (N, HV, q.shape[3], v.shape[3])
+
+    def like(x):
+        return q.new_empty((0,), dtype=torch.float32) if x is None else x.new_empty(x.shape)
+
+    def head(present):
+        return q.new_empty((HV,) if present else (0,), dtype=torch.float32)
+
+    dh0 = q.new_empty(state if need_dh0 else (0,), dtype=torch.float32)
+    return (
+        like(q),
+        like(k),
+        like(v),
+        like(g),
+        like(beta),
+        dh0,
+        head(use_gate_in_kernel),
+        head(use_gate_in_kernel and dt_bias is not None),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, g, beta, scale, initial_state, _, A_log, dt_bias, cu_seqlens, *flags = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *output[2:])
+    ctx.scale, ctx.flags = scale, flags
+
+
+def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, G, bt, rq, rk, Ag = ctx.saved_tensors
+    if do is None:
+        do = torch.zeros_like(v, memory_format=torch.contiguous_format)
+    dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = _backward(
+        do,
+        dht,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        G,
+        bt,
+        rq,
+        rk,
+        Ag,
+        ctx.scale,
+        initial_state,
+        A_log,
+        dt_bias,
+        cu_seqlens,
+        *ctx.flags,
+        initial_state is not None and ctx.needs_input_grad[6],
+    )
+
+    def gradient(x: Tensor | None, dx: Tensor) -> Tensor | None:
+        return None if x is None or dx.numel() != x.numel() else dx.to(x.dtype).view(x.shape)
+
+    return (
+        dq, dk, dv, gradient(g, dg), gradient(beta, dbeta), None, gradient(initial_state, dh0), None,
+        gradient(A_log, dA_log), gradient(dt_bias, ddt_bias), None, None, None, None, None,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def chunk_gated_delta_rule_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    initial_state: Tensor | None,
+    output_final_state: bool,
+    *,
+    use_qk_l2norm_in_kernel: bool = False,
+    use_gate_in_kernel: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    use_beta_sigmoid_in_kernel: bool = False,
+    state_v_first: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """`gdn_cp.chunk_gated_delta_rule` by these kernels; arguments as there, already checked. Differentiable."""
+    o, final, *_ = _forward(
+        q,
+        k,
+        v,
+        g,
+        beta,
+        scale,
+        initial_state,
+        output_final_state,
+        A_log,
+        dt_bias,
+        cu_seqlens,
+        use_qk_l2norm_in_kernel,
+        use_gate_in_kernel,
+        use_beta_sigmoid_in_kernel,
+        state_v_first,
+    )
+    return o, final if output_final_state else None
