@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, overload
 
 import torch
@@ -266,6 +267,13 @@ def _check_tensors(direction: str, x: Tensor | Sequence[Tensor], layout: ThdLayo
     return tensors
 
 
+def _read_section(entry: Any) -> tuple[int, ...]:
+    widths = tuple(entry) if isinstance(entry, Sequence) else (entry,)
+    if not all(isinstance(width, Integral) for width in widths):
+        raise TypeError(f"sections: {entry!r} is no width; every entry is an int or a tuple of ints")
+    return tuple(int(width) for width in widths)
+
+
 def _check_widths(
     totals: list[int], sections: Sequence[Section] | None, one_tensor: bool, ranks: int
 ) -> packing.Widths:
@@ -273,7 +281,7 @@ def _check_widths(
     if sections is None:
         widths = tuple((total,) for total in totals)
     else:
-        widths = tuple((entry,) if isinstance(entry, int) else tuple(entry) for entry in sections)
+        widths = tuple(_read_section(entry) for entry in sections)
         sums = [sum(entry) for entry in widths]
         if one_tensor and sum(sums) != totals[0]:
             raise ValueError(
@@ -288,7 +296,7 @@ def _check_widths(
     for entry in widths:
         for width in entry:
             if width < 0 or width % ranks:
-                named = "x: has" if sections is None else f"sections: {tuple(sections or ())} has"  # type: ignore[arg-type]
+                named = "x: has" if sections is None else f"sections: {tuple(sections)} has"
                 raise ValueError(
                     f"{named} a section of {width} columns, not divisible by the group's {ranks} ranks; "
                     "the number of heads must be a multiple of cp_size"
