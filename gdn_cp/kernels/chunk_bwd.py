@@ -1,0 +1,170 @@
+"""The backward of the chunked delta rule: which kernels run, on which buffers, and how much memory they may take.
+
+    prepare_products -> chains (S and dS of every chunk, M) -> local gradients (everything else) -> sums over chunks
+
+The states and their gradients of all chunks are by far the largest buffers: 4 K V bytes for each chunk and value head,
+in a 16-bit type. So a long batch is worked on in slices of consecutive chunks, last slice first, which share one set of
+buffers: the gradient of the state is carried from slice to slice, and the state at the start of each slice was kept by
+the forward (`checkpoints`).
+
+Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, N sequences, C = 64, NT chunks (bound).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
+from gdn_cp.kernels.chunk_bwd_local import local_gradients_kernel
+from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
+from gdn_cp.kernels.configs import dot_precision
+from gdn_cp.kernels.gate_triton import sum_partials
+from gdn_cp.kernels.tables import CHUNK, chunk_tables
+
+# Buffers of one slice: small beside the activations of the batches that are cut, large enough to fill the card.
+SLICE_BYTES = 512 * 2**20
+
+
+class BackwardLaunch(NamedTuple):
+    """Columns of the state per step, warps and pipeline stages of the two kernels."""
+
+    chains: tuple[int, int, int]
+    local: tuple[int, int, int]
+
+
+class Gradients(NamedTuple):
+    """Gradients of the operation's inputs, each None where the input is None or its gradient was not asked for."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor | None
+    dbeta: Tensor | None
+    dh0: Tensor | None
+    dA_log: Tensor | None  # noqa: N815
+    ddt_bias: Tensor | None
+
+
+def backward_config(dtype: torch.dtype, K: int, V: int) -> BackwardLaunch:
+    """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others."""
+    if dtype == torch.float32:
+        return BackwardLaunch((16, 8, 1), (16, 8, 1))
+    if K > 128:
+        return BackwardLaunch((32, 8, 1), (32, 8, 1))
+    block_v = 64 if V > 32 else max(16, V)
+    return BackwardLaunch((block_v, 4, 2), (block_v, 8, 2))
+
+
+def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
+    """Chunks of a slice when num_chunks are too many for one set of buffers of SLICE_BYTES, else 0 (no slices)."""
+    per_chunk = HV * (2 * K * V + CHUNK * (K + CHUNK)) * element_size
+    fitting = max(SLICE_BYTES // per_chunk, 16)
+    if num_chunks <= fitting:
+        return 0
+    return triton.cdiv(num_chunks, triton.cdiv(num_chunks, fitting))
+
+
+def chunk_gated_delta_rule_bwd(
+    do: Tensor,
+    dht: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None,
+    beta: Tensor | None,
+    prepared: Prepared,
+    cu_seqlens: Tensor | None,
+    *,
+    scale: float,
+    initial_state: Tensor | None,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
+    use_qk_l2norm_in_kernel: bool,
+    use_gate_in_kernel: bool,
+    use_beta_sigmoid_in_kernel: bool,
+    state_v_first: bool,
+    need_dh0: bool,
+    checkpoints: Tensor | None = None,
+) -> Gradients:
+    """Gradients of `chunk_gated_delta_rule` from those of its output and final state.
+
+    Args:
+        do: [B, T, HV, V] gradient of o, last dimension contiguous.
+        dht: [N, HV, K, V] float32 gradient of the final state (as `state_v_first` says), or None.
+        q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, flags: as the public operation's; q, k, v with a
+            contiguous last dimension and evenly spaced rows.
+        prepared: what the forward kept: G, bt, rq, rk, Ag.
+        checkpoints: [ceil(NT / L), HV, K, V] float32, states before chunks 0, L, 2L, .. with L = slice_chunks(NT, ...);
+            None: everything in one slice.
+
+    Returns:
+        Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
+    """
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    tables = chunk_tables(B, T, cu_seqlens, q.device)
+    NT = tables.num_chunks
+    do = do if B == 1 or do.stride(0) == T * do.stride(1) else do.contiguous()
+    out = _allocate(q, k, v, g, beta, NT, tables.num_sequences, use_gate_in_kernel, dt_bias, state_v_first, need_dh0)
+    length = NT if checkpoints is None else slice_chunks(NT, HV, K, V, q.element_size())
+    size = max(min(length, NT), 1)
+    h, dh = (torch.empty(size, HV, K, V, dtype=q.dtype, device=q.device) for _ in range(2))
+    carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device) if length < NT else None
+    launch = backward_config(q.dtype, K, V)
+    shared = {
+        "H": H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK,
+        "PRECISION": dot_precision(q.dtype),
+    }  # fmt: skip
+    starts = range(0, NT, size) if NT else range(1)
+    initial_state = None if initial_state is None else initial_state.contiguous()
+    dht = None if dht is None else dht.contiguous()
+    for index in reversed(range(len(starts))):
+        c0 = starts[index]
+        c1 = min(c0 + size, NT)
+        X, Yt = prepare_products(q, k, prepared, tables, scale=scale, first_chunk=c0, num_chunks=c1 - c0)
+        block, warps, stages = launch.chains
+        chains_kernel[(tables.num_pieces * HV * triton.cdiv(V, block) * 2,)](
+            q, k, v, do, prepared.G, prepared.bt, prepared.rq, prepared.rk, X, Yt, tables.pieces, initial_state,
+            None if checkpoints is None else checkpoints[index], dht,
+            *((None, None) if carries is None else (carries[index % 2], carries[(index + 1) % 2])),
+            h, dh, out.dv, out.dh0, scale, c0, c1, NT, *_strides(q, k, v, do),
+            BV=block, V_FIRST=state_v_first, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
+        )  # fmt: skip
+        block, warps, stages = launch.local
+        if c1 > c0:
+            local_gradients_kernel[((c1 - c0) * H,)](
+                q, k, v, do, g, prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag, h, dh, out.dv,
+                A_log, dt_bias, tables.chunks, out.dq, out.dk, out.dv, out.dg, out.dbeta, out.dA_log, out.ddt_bias,
+                scale, c0, *_strides(q, k, v, do), *((0, 0) if g is None else (g.stride(1), g.stride(2))),
+                BV=block, GATE=use_gate_in_kernel, SIGMOID=use_beta_sigmoid_in_kernel, STAGES=stages,
+                num_warps=warps, num_stages=stages, **shared,
+            )  # fmt: skip
+    dA_log, ddt_bias = (None if x is None else sum_partials(x) for x in (out.dA_log, out.ddt_bias))
+    return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for x in tensors for stride in (x.stride(1), x.stride(2))]
+
+
+def _allocate(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, NT: int, N: int, gate: bool,
+    dt_bias: Tensor | None, state_v_first: bool, need_dh0: bool,
+) -> Gradients:  # fmt: skip
+    """Empty gradients; those of A_log and dt_bias are still one part for each chunk, [NT, HV]."""
+    HV, V = v.shape[2:]
+    K = q.shape[3]
+
+    def like(x: Tensor | None) -> Tensor | None:
+        return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+    def float32(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=q.device)
+
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dh0 = float32(N, HV, *((V, K) if state_v_first else (K, V))) if need_dh0 else None
+    parts = [float32(NT, HV) if gate else None for _ in range(2)]
+    return Gradients(dq, dk, dv, like(g), like(beta), dh0, *parts)

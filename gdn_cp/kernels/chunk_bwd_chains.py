@@ -1,0 +1,209 @@
+"""The two sequential passes of the delta rule's backward, in one launch: states forward, state gradients backward.
+
+Within a chunk of C = 64 rows, with k and q unit-length where `rk`, `rq` are given, G the running sum of the gate,
+gamma = e^G, rho = e^(G_C - G), lam = e^(G_C), Af = (I + stricttril(diag(beta) K K^T * Gam))^-1:
+
+    X = K^T diag(rho) Af [K, C]       Y = scale * tril(Q K^T * Gam) Af [C, C]   (`chunk_prepare`)
+    states      R = V - gamma (K S)              S+ = lam S + X (beta R)
+    gradients   M = X^T dS+ + Y^T dO             dS = lam dS+ + Q^T (scale gamma dO) - K^T (gamma beta M)
+
+The second line is the first one transposed, with two dependent products a chunk like it. The passes need nothing of
+each other, so half of the programs walk one way and half the other. What the parallel kernel of `chunk_bwd_local` needs
+is stored: S before each chunk, dS+ after each chunk, and M (the gradient of v is beta M).
+
+Every product takes a tile as it lies in memory as its first factor: `ptxas` up to 13.2 miscompiles products whose first
+factor was computed in registers (triton #9433).
+
+Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, C = 64, NT chunks, NP pieces, NC chunks of
+the slice of chunks [c0, c0 + NC) that a launch works on.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_rows(base, i_d, n_rows, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """Columns i_d*BD.. of C rows that begin `stride` apart from `base` on; zero past row n_rows and column D."""
+    rows = tl.arange(0, C)[:, None]
+    cols = tl.arange(0, BD)[None, :]
+    mask = rows < n_rows
+    if D % BD != 0:
+        mask = mask & (i_d * BD + cols < D)
+    return tl.load(base + i_d * BD + (rows * stride + cols), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(base, tile, i_d, n_rows, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
+    """The inverse of `load_rows`."""
+    rows = tl.arange(0, C)[:, None]
+    cols = tl.arange(0, BD)[None, :]
+    mask = rows < n_rows
+    if D % BD != 0:
+        mask = mask & (i_d * BD + cols < D)
+    tl.store(base + i_d * BD + (rows * stride + cols), tile.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _state_offsets(K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr):
+    """Offsets in a [K, V] state of its first BV columns; the state lies as [V, K] with V_FIRST."""
+    i_k = tl.arange(0, BK)[:, None]
+    i_v = tl.arange(0, BV)[None, :]
+    return i_v * K + i_k if V_FIRST else i_k * V + i_v
+
+
+@triton.jit
+def load_state(base, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr):
+    """Columns i_v*BV.. of the state at `base`; zero past row K and column V."""
+    pointers = base + i_v * (BV * K if V_FIRST else BV) + _state_offsets(K, V, BK, BV, V_FIRST)
+    if K % BK == 0 and V % BV == 0:
+        return tl.load(pointers)
+    mask = (tl.arange(0, BK)[:, None] < K) & (i_v * BV + tl.arange(0, BV)[None, :] < V)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_state(
+    base, state, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, V_FIRST: tl.constexpr
+):
+    """The inverse of `load_state`."""
+    pointers = base + i_v * (BV * K if V_FIRST else BV) + _state_offsets(K, V, BK, BV, V_FIRST)
+    if K % BK == 0 and V % BV == 0:
+        tl.store(pointers, state.to(base.dtype.element_ty))
+    else:
+        mask = (tl.arange(0, BK)[:, None] < K) & (i_v * BV + tl.arange(0, BV)[None, :] < V)
+        tl.store(pointers, state.to(base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _state_chain(
+    k, v, G, bt, rk, X, h, S, hk, hv, i_v, first_row, end_row, first, count, c0,
+    stride_kt, stride_kh, stride_vt, stride_vh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk up from state S through chunks first .. first + count - 1, storing the state before each in h."""
+    i_c = tl.arange(0, C)
+    for j in tl.range(0, count, num_stages=STAGES):
+        chunk = (first + j).to(tl.int64)
+        local = chunk - c0
+        row = (first_row + j * C).to(tl.int64)
+        n_rows = end_row - (first_row + j * C)
+        S_b = S.to(h.dtype.element_ty)
+        store_state(h + (local * HV + hv) * (K * V), S_b, i_v, K, V, BK, BV, False)
+        k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+        v_tile = load_rows(v + row * stride_vt + hv * stride_vh, i_v, n_rows, stride_vt, V, BV, C)
+        x_tile = load_state(X + (local * HV + hv) * (K * C), 0, K, C, BK, C, False)
+        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
+        beta = tl.load(bt + (chunk * HV + hv) * C + i_c)
+        decay = tl.exp(G_i)
+        if rk is not None:
+            decay *= tl.load(rk + (chunk * H + hk) * C + i_c)
+        lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
+        R = v_tile.to(tl.float32) - decay[:, None] * tl.dot(k_tile, S_b, input_precision=PRECISION)
+        R = (beta[:, None] * R).to(h.dtype.element_ty)
+        S = tl.dot(x_tile, R, acc=S * lam, input_precision=PRECISION)
+
+
+@triton.jit
+def _gradient_chain(
+    q, k, do, G, bt, rq, rk, X, Yt, dh, M, dS, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk down from gradient dS through chunks first + count - 1 .. first, storing M, and in dh dS after each."""
+    i_c = tl.arange(0, C)
+    for step in tl.range(0, count, num_stages=STAGES):
+        j = count - 1 - step
+        chunk = (first + j).to(tl.int64)
+        local = chunk - c0
+        row = (first_row + j * C).to(tl.int64)
+        n_rows = end_row - (first_row + j * C)
+        dS_b = dS.to(dh.dtype.element_ty)
+        store_state(dh + (local * HV + hv) * (K * V), dS_b, i_v, K, V, BK, BV, False)
+        x_tile = load_state(X + (local * HV + hv) * (K * C), 0, K, C, BK, C, False)
+        y_tile = load_state(Yt + (local * HV + hv) * (C * C), 0, C, C, C, C, False)
+        do_tile = load_rows(do + row * stride_ot + hv * stride_oh, i_v, n_rows, stride_ot, V, BV, C)
+        q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+        k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
+        gamma = tl.exp(G_i)
+        q_scale = scale * gamma
+        k_scale = -gamma * tl.load(bt + (chunk * HV + hv) * C + i_c)
+        if rk is not None:
+            q_scale *= tl.load(rq + (chunk * H + hk) * C + i_c)
+            k_scale *= tl.load(rk + (chunk * H + hk) * C + i_c)
+        lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
+        M_tile = tl.dot(y_tile, do_tile, input_precision=PRECISION)
+        M_tile = tl.dot(tl.trans(x_tile), dS_b, acc=M_tile, input_precision=PRECISION)
+        do_scaled = (do_tile.to(tl.float32) * q_scale[:, None]).to(dh.dtype.element_ty)
+        dS = tl.dot(tl.trans(q_tile), do_scaled, acc=dS * lam, input_precision=PRECISION)
+        M_scaled = (M_tile * k_scale[:, None]).to(dh.dtype.element_ty)
+        dS = tl.dot(tl.trans(k_tile), M_scaled, acc=dS, input_precision=PRECISION)
+        store_rows(M + (row * HV + hv) * V, M_tile, i_v, n_rows, HV * V, V, BV, C)
+    return dS
+
+
+@triton.jit(do_not_specialize=["c0", "c1", "total_chunks"])
+def chains_kernel(
+    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, initial_state, checkpoint, dht, carry_in, carry_out, h, dh, M, dh0,
+    scale, c0, c1, total_chunks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: one direction (program id odd: gradients), BV columns of the state, one value head, one piece.
+
+    Only chunks c0 .. c1-1 are worked on. A sequence that began in an earlier slice starts from `checkpoint` [HV, K, V]
+    and hands its gradient on in `carry_out` [HV, K, V]; one that ends in a later slice takes its gradient from
+    `carry_in`. At most one sequence crosses each border of a slice, so one state for each head is enough.
+    For example, lengths of 3 and 2 chunks and the slice [2, 4): sequence 0 starts at chunk 2 from the checkpoint, takes
+    its own final gradient and writes carry_out; sequence 1 does chunk 3 from its initial state with carry_in, and
+    writes dh0.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    is_gradient = pid % 2
+    i_v = ((pid // 2) % NV).to(tl.int64)
+    hv = ((pid // (2 * NV)) % HV).to(tl.int64)
+    piece = pieces + (pid // (2 * NV * HV)) * 8
+    seq = tl.load(piece)
+    piece_first = tl.load(piece + 1)
+    piece_count = tl.load(piece + 2)
+    piece_end = piece_first + piece_count
+    first = tl.maximum(piece_first, c0)
+    count = tl.minimum(piece_end, c1) - first
+    # An empty sequence still hands its gradient through; its place may be the end of the last slice.
+    empty_here = (piece_count == 0) & (piece_first >= c0) & ((piece_first < c1) | (c1 == total_chunks))
+    if (seq >= 0) & ((count > 0) | empty_here):
+        hk = hv // (HV // H)
+        first_row = tl.load(piece + 3) + (first - piece_first) * C
+        end_row = tl.load(piece + 4)
+        state_at = (seq.to(tl.int64) * HV + hv) * (K * V)
+        own_at = hv * (K * V)
+        state = tl.zeros([BK, BV], tl.float32)
+        if is_gradient == 0:
+            if piece_first < c0:
+                state = load_state(checkpoint + own_at, i_v, K, V, BK, BV, False)
+            elif initial_state is not None:
+                state = load_state(initial_state + state_at, i_v, K, V, BK, BV, V_FIRST)
+            _state_chain(
+                k, v, G, bt, rk, X, h, state, hk, hv, i_v, first_row, end_row, first, count, c0,
+                stride_kt, stride_kh, stride_vt, stride_vh, H, HV, K, V, BK, BV, C, PRECISION, STAGES,
+            )  # fmt: skip
+        else:
+            if piece_end > c1:
+                state = load_state(carry_in + own_at, i_v, K, V, BK, BV, False)
+            elif dht is not None:
+                state = load_state(dht + state_at, i_v, K, V, BK, BV, V_FIRST)
+            state = _gradient_chain(
+                q, k, do, G, bt, rq, rk, X, Yt, dh, M, state, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
+                stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
+                H, HV, K, V, BK, BV, C, PRECISION, STAGES,
+            )  # fmt: skip
+            if piece_first < c0:
+                store_state(carry_out + own_at, state, i_v, K, V, BK, BV, False)
+            elif dh0 is not None:
+                store_state(dh0 + state_at, state, i_v, K, V, BK, BV, V_FIRST)
