@@ -10,6 +10,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 
+def gain_of(weight: Tensor, config: TransformerConfig) -> Tensor:
+    """The factor that a norm multiplies by; where the weight is the gain minus one, the sum is not rounded to bf16."""
+    if not config.layernorm_zero_centered_gamma:
+        return weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1
+
+
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) * weight over the last dimension, computed in float32, returned in x's dtype.
 
@@ -26,19 +33,14 @@ class RMSNorm(nn.Module):
         if config.normalization != "RMSNorm":
             raise ValueError(f"config.normalization={config.normalization!r}: only 'RMSNorm' is supported")
         self.eps = eps
-        self.zero_centered = config.layernorm_zero_centered_gamma
+        self.config = config
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
-        start = torch.zeros if self.zero_centered else torch.ones
+        start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
         self.weight = nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
         self.weight.sequence_parallel = config.sequence_parallel
-
-    def gain(self) -> Tensor:
-        """The factor that the norm multiplies by, [hidden_size]; one plus the weight is not rounded to its dtype."""
-        if not self.zero_centered:
-            return self.weight
-        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)) + 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., hidden_size]."""
         full = x.to(torch.promote_types(x.dtype, torch.float32))
-        return nn.functional.rms_norm(full, (x.shape[-1],), self.gain().to(full.dtype), self.eps).to(x.dtype)
+        gain = gain_of(self.weight, self.config)
+        return nn.functional.rms_norm(full, (x.shape[-1],), gain.to(full.dtype), self.eps).to(x.dtype)

@@ -92,8 +92,8 @@ def cp_group_of(packed_seq_params: PackedSeqParams | None, default: dist.Process
     return None if group.size() == 1 else group
 
 
-def layout_of_packed(packed_seq_params: PackedSeqParams, rows: Tensor, cp_size: int) -> ThdLayout:
-    """The layout of a packed batch of which `rows` [t, ...] are this rank's.
+def layout_of_packed(packed_seq_params: PackedSeqParams, rows: int, cp_size: int, device: torch.device) -> ThdLayout:
+    """The layout of a packed batch of which each rank holds `rows` rows.
 
     A plain PackedSeqParams means Megatron's layout: per-sequence zigzag over the padded boundaries, real lengths from
     `cu_seqlens_q` where both are given. Built once and kept on the object.
@@ -105,12 +105,12 @@ def layout_of_packed(packed_seq_params: PackedSeqParams, rows: Tensor, cp_size: 
     if layout is None:
         layout = getattr(packed_seq_params, _KEPT, None)
         if layout is None or layout.cp_size != cp_size:
-            layout = _build_layout(packed_seq_params, rows.shape[0] * cp_size, cp_size, rows.device)
+            layout = _build_layout(packed_seq_params, rows * cp_size, cp_size, device)
             setattr(packed_seq_params, _KEPT, layout)
-    if layout.cp_size != cp_size or layout.t_local != rows.shape[0]:
+    if layout.cp_size != cp_size or layout.t_local != rows:
         raise ValueError(
             f"packed_seq_params describes {layout.t_local} rows on each of {layout.cp_size} rank(s), but the layer got "
-            f"{rows.shape[0]} rows and a group of {cp_size}: build it from this batch's layout"
+            f"{rows} rows and a group of {cp_size}: build it from this batch's layout"
         )
     return layout
 

@@ -1,0 +1,134 @@
+"""Layer specs for Megatron's GPTModel that need no Transformer Engine.
+
+    config = TransformerConfig(..., linear_attention_freq=4, linear_num_key_heads=16, linear_num_value_heads=32,
+                               linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4)
+    model = GPTModel(config, get_hybrid_block_spec(config), ...)
+
+Leave `experimental_attention_variant=None`: with "gated_delta_net" megatron-core 0.16.1 refuses context parallelism.
+`linear_attention_freq` also makes Megatron save each layer under its own keys, which a hybrid model needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from gdn_cp.megatron.compat import mlp_spec
+from gdn_cp.megatron.core_attention import CoreAttention
+from gdn_cp.megatron.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from gdn_cp.megatron.norm import RMSNorm
+from gdn_cp.megatron.rotary import PackedSelfAttention
+
+DEFAULT_ATTENTION_FREQ = 4
+
+# Transformer Engine fuses the input norm into the projection and saves it there; Megatron's own checkpoints are so.
+_GDN_KEYS = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+_ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def get_gdn_layer_spec(config: TransformerConfig, *, backend: str | None = None) -> ModuleSpec:
+    """A transformer layer with Gated DeltaNet in place of self-attention.
+
+    Args:
+        config: of the model; `linear_*` gives the sizes.
+        backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
+    """
+    mixer = ModuleSpec(
+        module=GatedDeltaNet,
+        params={"backend": backend},
+        submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear),
+    )
+    return _layer_spec(config, mixer, _GDN_KEYS)
+
+
+def get_attention_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """A transformer layer with full attention that takes packed batches under context parallelism.
+
+    `config.qk_layernorm` and `config.attention_output_gate` (both set in Qwen3-Next) are honoured.
+    """
+    norm = RMSNorm if config.qk_layernorm else None
+    attention = ModuleSpec(
+        module=PackedSelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=CoreAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=norm,
+            k_layernorm=norm,
+        ),
+    )
+    return _layer_spec(config, attention, _ATTENTION_KEYS)
+
+
+def get_hybrid_block_spec(
+    config: TransformerConfig,
+    *,
+    backend: str | None = None,
+    vp_stage: int | None = None,
+    pp_rank: int | None = None,
+) -> TransformerBlockSubmodules:
+    """The decoder of a hybrid model: full attention every `config.linear_attention_freq`-th layer, else GDN.
+
+    Args:
+        config: `linear_attention_freq` is a number (None: 4) or a list with 1 for GDN and 0 for attention per layer.
+        backend: implementation of the delta rule.
+        vp_stage: virtual pipeline stage.
+        pp_rank: pipeline rank; None: this process's.
+
+    Raises:
+        ValueError: for a list of another length than `num_layers`.
+    """
+    if config.normalization != "RMSNorm":
+        raise ValueError(f"config.normalization={config.normalization!r}: set 'RMSNorm'")
+    pattern = linear_attention_pattern(config)
+    if config.pipeline_model_parallel_layout is not None:
+        stage = config.pipeline_model_parallel_layout.get_layer_id_list(
+            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    else:
+        offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
+        stage = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
+    layers = [
+        get_gdn_layer_spec(config, backend=backend) if pattern[layer] else get_attention_layer_spec(config)
+        for layer in stage
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def linear_attention_pattern(config: TransformerConfig) -> list[int]:
+    """Per layer 1 for Gated DeltaNet, 0 for full attention."""
+    freq = config.linear_attention_freq
+    if isinstance(freq, list):
+        if len(freq) != config.num_layers:
+            raise ValueError(f"config.linear_attention_freq has {len(freq)} entries for {config.num_layers} layers")
+        return freq
+    every = DEFAULT_ATTENTION_FREQ if freq is None else freq
+    return [int((layer + 1) % every != 0) for layer in range(config.num_layers)]
+
+
+def _layer_spec(config: TransformerConfig, mixer: ModuleSpec, keys: dict[str, str]) -> ModuleSpec:
+    dense = config.num_moe_experts is None
+    submodules: dict[str, Any] = {
+        "input_layernorm": RMSNorm,
+        "self_attention": mixer,
+        "self_attn_bda": get_bias_dropout_add,
+        "pre_mlp_layernorm": RMSNorm,
+        "mlp": mlp_spec(config),
+        "mlp_bda": get_bias_dropout_add,
+        "sharded_state_dict_keys_map": {**keys, **(_MLP_KEYS if dense else {})},
+    }
+    return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**submodules))
