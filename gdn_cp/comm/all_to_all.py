@@ -271,6 +271,8 @@ def _read_section(entry: Any) -> tuple[int, ...]:
     widths = tuple(entry) if isinstance(entry, Sequence) else (entry,)
     if not all(isinstance(width, Integral) for width in widths):
         raise TypeError(f"sections: {entry!r} is no width; every entry is an int or a tuple of ints")
+    if not widths:
+        raise ValueError("sections: () has no width; every entry is an int or a tuple of ints")
     return tuple(int(width) for width in widths)
 
 
