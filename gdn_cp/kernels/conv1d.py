@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdn_cp.kernels.activations import silu_backward, silu_forward
+
 _ACTIVATIONS = ("silu", "swish", None)
 
 
@@ -94,7 +96,7 @@ class _CausalConv1d(torch.autograd.Function):
         ctx.silu = silu
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         y = _convolve(x, weight.to(dtype), None if bias is None else bias.to(dtype), position)
-        return (torch.nn.functional.silu(y, inplace=True) if silu else y).to(x.dtype)
+        return (silu_forward(y) if silu else y).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -105,7 +107,7 @@ class _CausalConv1d(torch.autograd.Function):
         d = grad_outputs[0].to(dtype)
         if ctx.silu:
             y = _convolve(x, weight.to(dtype), None if bias is None else bias.to(dtype), position)
-            d = torch.ops.aten.silu_backward(d, y)
+            d = silu_backward(d, y)
         dx = d * taps[-1] if ctx.needs_input_grad[0] else None
         dtaps = [(d * x).sum(0)] if ctx.needs_input_grad[1] else []
         for j in range(1, len(taps)):

@@ -1,13 +1,14 @@
 """The decay gate of Gated DeltaNet: the log of what a state keeps per token, -exp(A_log) * softplus(alpha + dt_bias).
 
-Dimensions: HV value heads; `...` any leading dimensions, usually [B, T].
+Dimensions: B batch, T tokens, HV value heads, N sequences; `...` any leading dimensions, usually [B, T].
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-# softplus(x) = x to the last bit of a float64 from here on (e^-40 < 2^-53); torch's default, 20, is for float32.
-_SOFTPLUS_IS_IDENTITY = 40.0
+from gdn_cp.kernels.activations import softplus
 
 
 def fused_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
@@ -28,7 +29,52 @@ def fused_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> T
     Source: Gated Delta Networks (arXiv 2412.06464), with Mamba2's parametrisation of the gate.
     """
     check_gate_arguments(g, A_log, dt_bias)
+    if _has_kernel(g):
+        from gdn_cp.kernels.gate_triton import gdn_gate_op
+
+        return gdn_gate_op(g, A_log, dt_bias, None, False)
     return gdn_gate_reference(g, A_log, dt_bias)
+
+
+def fused_gdn_gate_chunk_cumsum(
+    g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None, *, cu_seqlens: Tensor | None = None
+) -> Tensor:
+    """Gate and its inclusive running sum inside each chunk of 64 tokens, in one pass over memory.
+
+    Chunks start at the start of each sequence. For example a sequence of 66 tokens whose gate is -1 everywhere gives
+    -1, -2, ..., -64, -1, -2.
+
+    Args:
+        g: [B, T, HV] raw gate, any floating dtype.
+        A_log, dt_bias: as for `fused_gdn_gate`.
+        cu_seqlens: int32 or int64 [N + 1] on g's device, bounds of packed sequences, B must be 1; None: each row of the
+            batch is a sequence.
+
+    Returns:
+        [B, T, HV] float32 (float64 when g is float64). Differentiable in g, A_log and dt_bias.
+
+    Raises:
+        ValueError: on a wrong shape, dtype or device.
+    """
+    check_gate_arguments(g, A_log, dt_bias)
+    if g.dim() != 3 or (cu_seqlens is not None and g.shape[0] != 1):
+        raise ValueError(f"g must be [B, T, HV], with B = 1 if cu_seqlens is given, got {list(g.shape)}")
+    if cu_seqlens is not None and cu_seqlens.device != g.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but g is on {g.device}: move it to {g.device}")
+    if _has_kernel(g):
+        from gdn_cp.kernels.gate_triton import gdn_gate_op
+
+        return gdn_gate_op(g, A_log, dt_bias, cu_seqlens, True)
+    bounds = [0, g.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
+    chunks = gdn_gate_reference(g, A_log, dt_bias).split(
+        [min(64, end - row) for start, end in pairwise(bounds) for row in range(start, end, 64)], dim=1
+    )
+    return torch.cat([chunk.cumsum(1) for chunk in chunks], dim=1) if chunks else g.new_zeros(g.shape)
+
+
+def _has_kernel(g: Tensor) -> bool:
+    """Whether the Triton gate serves g: on a GPU, in anything but float64."""
+    return g.is_cuda and g.dtype != torch.float64
 
 
 def gdn_gate_reference(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
@@ -37,7 +83,7 @@ def gdn_gate_reference(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) 
     raw = g.to(dtype)
     if dt_bias is not None:
         raw = raw + dt_bias.to(dtype)
-    return -A_log.to(dtype).exp() * torch.nn.functional.softplus(raw, threshold=_SOFTPLUS_IS_IDENTITY)
+    return -A_log.to(dtype).exp() * softplus(raw)
 
 
 def check_gate_arguments(g: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> None:

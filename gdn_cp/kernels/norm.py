@@ -6,7 +6,8 @@ Dimensions: V value head dim; `...` any leading dimensions, usually tokens and v
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import silu
+
+from gdn_cp.kernels.activations import silu_backward, silu_forward
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -57,7 +58,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x, z, weight)
         ctx.eps = eps
         normed, _ = _normalise(x, eps)
-        return (weight * normed.to(x.dtype) * silu(z.to(normed.dtype))).to(x.dtype)
+        return (weight * normed.to(x.dtype) * silu_forward(z.to(normed.dtype))).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -67,8 +68,8 @@ class _GatedRmsNorm(torch.autograd.Function):
         normed, scale = _normalise(x, ctx.eps)
         dtype = normed.dtype
         dy, w, gate = grad_outputs[0].to(dtype), weight.to(dtype), z.to(dtype)
-        dz = torch.ops.aten.silu_backward(dy * normed * w, gate).to(z.dtype) if ctx.needs_input_grad[1] else None
-        gated = dy * silu(gate)
+        dz = silu_backward(dy * normed * w, gate).to(z.dtype) if ctx.needs_input_grad[1] else None
+        gated = dy * silu_forward(gate)
         dweight = (gated * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         d = gated * w
         dx = (scale * (d - normed * (normed * d).mean(-1, keepdim=True))).to(x.dtype)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gdn_cp.kernels.activations import sigmoid
 from gdn_cp.kernels.gate import gdn_gate_reference
 
 
@@ -149,7 +150,7 @@ def _prepare(
     if beta is None:
         beta = v.new_ones(v.shape[:3])
     elif use_sigmoid:
-        beta = beta.to(dtype).sigmoid()
+        beta = sigmoid(beta.to(dtype))
     grouped = (H, v.shape[2] // H)
     return _Tokens(q, k, *(x.to(dtype).unflatten(2, grouped) for x in (v, g, beta)))
 
@@ -207,7 +208,8 @@ def _chunked(chunks: _Tokens, state: Tensor, active: tuple[int, ...]) -> tuple[T
     # Unit-triangular: only what lies strictly below the diagonal of L is read.
     Y, W = torch.linalg.solve_triangular(L, right, upper=False, unitriangular=True).split((V, k.shape[-1]), -1)
 
-    starts, updates, finals = [], [], []
+    # Empty first pieces, so that a call without tokens needs no case of its own.
+    starts, updates, finals = [state[:0]], [Y[:0]], []
     steps = zip(*(x.split(active) for x in (Y, W, k, rho, gamma[..., -1])), strict=True)
     for Y_s, W_s, k_s, rho_s, lam_s in steps:
         finals.append(state[len(Y_s) :])
@@ -217,8 +219,6 @@ def _chunked(chunks: _Tokens, state: Tensor, active: tuple[int, ...]) -> tuple[T
         updates.append(U)
         state = lam_s[..., None, None] * state + torch.einsum("nhck,nhrcv->nhrkv", k_s, rho_s[..., None] * U)
     final = torch.cat([state, *reversed(finals)])
-    if not updates:
-        return v, final
     S, U = torch.cat(starts), torch.cat(updates)
     P = torch.einsum("mhik,mhjk->mhij", q, k)[:, :, None] * gam
     return gamma[..., None] * torch.einsum("mhck,mhrkv->mhrcv", q, S) + P @ U, final
