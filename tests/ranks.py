@@ -42,12 +42,12 @@ def _worker(
             timeout=timedelta(seconds=timeout),
         )
         function, args = pickle.loads(payload)
-        result = ("ok", function(rank, world_size, *args))
+        answer, good = pickle.dumps(("ok", function(rank, world_size, *args))), True  # may fail on the result too
     except BaseException:
-        result = ("error", traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(result))
+        answer, good = pickle.dumps(("error", traceback.format_exc())), False
+    pipe.send_bytes(answer)
     pipe.close()
-    if dist.is_initialized() and result[0] == "ok":
+    if dist.is_initialized() and good:
         dist.barrier()  # nobody tears its connections down while a neighbour still uses them
         dist.destroy_process_group()
     os._exit(0)
@@ -75,11 +75,14 @@ def run_ranks(
             theirs.close()
             processes.append(process)
             pipes.append(ours)
+        patience = 0.0  # after a failure the others may wait for ever
         try:
-            return _collect(pipes, timeout)
+            results = _collect(pipes, timeout)
+            patience = 5.0
+            return results
         finally:
             for process in processes:
-                process.join(5)
+                process.join(patience)
                 if process.is_alive():
                     process.kill()
                     process.join()
