@@ -221,7 +221,9 @@ def format_table(results: list[CompileResult], arch: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 0 when every case keeps the rules."""
-    parser = argparse.ArgumentParser(prog="python -m gdn_cp.kernels.compile_report", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m gdn_cp.kernels.compile_report", description="Compile every kernel, report."
+    )
     parser.add_argument("--arch", type=int, default=90, help="compute capability times ten (80, 90, 100)")
     parser.add_argument("--all", action="store_true", help="also the configurations that CI leaves out")
     parser.add_argument("--match", default="", help="only cases whose name contains this")

@@ -274,5 +274,6 @@ def _compile_case(make: type[CompileCase], dtype: str, state_bytes: int, v_first
         num_warps=num_warps,
         num_stages=1,
         fp_fusion=False,
+        main=(kind, dtype, v_first) in {("bank", "fp32", False), ("bank", "bf16", True), ("ring", "bf16", True)},
         divisible=tuple(name for name in strides if name not in ones),
     )
