@@ -94,11 +94,6 @@ def local_gradients_kernel(
     dtype = h.dtype.element_ty
     q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
     k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
-    q_norm = tl.full([C], 1.0, tl.float32)
-    k_norm = tl.full([C], 1.0, tl.float32)
-    if rk is not None:
-        q_norm = tl.load(rq + (chunk * H + hk) * C + i_c)
-        k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
     strict = i_c[:, None] > i_c[None, :]
 
     dq_t = tl.zeros([BK, C], tl.float32)
@@ -107,11 +102,9 @@ def local_gradients_kernel(
     bE_sum = tl.zeros([C, C], tl.float32)
     dP = tl.zeros([C, C], tl.float32)
     MU = tl.zeros([C, C], tl.float32)
-    q_dot_before = tl.zeros([C], tl.float32)
-    k_dot_before = tl.zeros([C], tl.float32)
     m_dot_r = tl.zeros([C], tl.float32)
-    dr_dot_ks = tl.zeros([C], tl.float32)
-    state_dot = 0.0
+    dG = tl.zeros([C], tl.float32)
+    dG_last = 0.0
     for step in tl.range(0, R_HEADS * NV, num_stages=STAGES):
         hv = hk * R_HEADS + step // NV
         i_v = step % NV
@@ -126,54 +119,75 @@ def local_gradients_kernel(
         b = tl.load(bt + (chunk * HV + hv) * C + i_c)
         G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
         gamma = tl.exp(G_i)
-        state_dot += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+        k_scale = gamma
+        q_scale = scale * gamma
+        u_scale = tl.exp(G_last - G_i)
+        z_scale = u_scale
+        if rk is not None:
+            k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
+            k_scale *= k_norm
+            z_scale *= k_norm
 
-        KS = (gamma * k_norm)[:, None] * tl.dot(k_tile, S, input_precision=PRECISION)
+        # The state's part of dG_C, then R and U.
+        dG_last += tl.exp(G_last) * tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+        KS = k_scale[:, None] * tl.dot(k_tile, S, input_precision=PRECISION)
         R = v_tile.to(tl.float32) - KS
-        bR = b[:, None] * R
-        U = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION)
-        U_b = U.to(dtype)
         m = m_tile.to(tl.float32)
         m_dot_r += tl.sum(m * R, 1)
         dR = b[:, None] * m
-        dr_dot_ks += tl.sum(dR * KS, 1)
+        dG -= tl.sum(dR * KS, 1)
         store_rows(dv + (row * HV + hv) * V, dR, i_v, n_rows, HV * V, V, BV, C)
-        dP = tl.dot(do_tile, tl.trans(U_b), acc=dP, input_precision=PRECISION)
-        MU = tl.dot(m_tile, tl.trans(U_b), acc=MU, input_precision=PRECISION)
-        do_scaled = ((scale * gamma)[:, None] * do_tile.to(tl.float32)).to(dtype)
-        dq_t = tl.dot(S, tl.trans(do_scaled), acc=dq_t, input_precision=PRECISION)
         dk_t = tl.dot(S, tl.trans((-gamma[:, None] * dR).to(dtype)), acc=dk_t, input_precision=PRECISION)
-        U_scaled = (tl.exp(G_last - G_i)[:, None] * U).to(dtype)
-        dk_t = tl.dot(dS, tl.trans(U_scaled), acc=dk_t, input_precision=PRECISION)
+        bR = b[:, None] * R
+        U = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION)
+
+        # What meets U.
+        dP = tl.dot(do_tile, tl.trans(U.to(dtype)), acc=dP, input_precision=PRECISION)
+        MU = tl.dot(m_tile, tl.trans(U.to(dtype)), acc=MU, input_precision=PRECISION)
+        dk_t = tl.dot(dS, tl.trans((u_scale[:, None] * U).to(dtype)), acc=dk_t, input_precision=PRECISION)
+        k_dot_z = tl.sum(z_scale[:, None] * U * tl.dot(k_tile, dS, input_precision=PRECISION), 1)
+        dG -= k_dot_z
+        dG_last += tl.sum(k_dot_z, 0)
+
+        # What meets dO and S.
+        do_scaled = q_scale[:, None] * do_tile.to(tl.float32)
+        dq_t = tl.dot(S, tl.trans(do_scaled.to(dtype)), acc=dq_t, input_precision=PRECISION)
+        q_dot = tl.sum(do_scaled * tl.dot(q_tile, S, input_precision=PRECISION), 1)
+        if rk is not None:
+            q_dot *= tl.load(rq + (chunk * H + hk) * C + i_c)
+        dG += q_dot
+
         if i_v == NV - 1:
             Gam = tl.exp(tl.where(i_c[:, None] >= i_c[None, :], G_i[:, None] - G_i[None, :], float("-inf")))
-            KK = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION) * (k_norm[:, None] * k_norm[None, :])
-            QK = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * (q_norm[:, None] * k_norm[None, :])
+            KK = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+            QK = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+            if rk is not None:
+                k_norm_j = tl.load(rk + (chunk * H + hk) * C + i_c)
+                KK *= k_norm_j[:, None] * k_norm_j[None, :]
+                QK *= tl.load(rq + (chunk * H + hk) * C + i_c)[:, None] * k_norm_j[None, :]
             dQK = scale * dP * Gam
             E = tl.where(strict, MU * Gam, 0.0)
             dQK_sum += dQK
             bE_sum += b[:, None] * E
             EKK = E * KK
-            d_beta = m_dot_r - tl.sum(EKK, 1)
             F = tl.where(strict, dQK * QK, 0.0) - b[:, None] * EKK
-            # rowdot(K, Z) - rowdot(dR, gamma K S) is what this value head added to rowdot(K, dK)
-            q_dot = tl.sum(tl.trans(q_tile).to(tl.float32) * dq_t, 0) * q_norm
-            k_dot = tl.sum(tl.trans(k_tile).to(tl.float32) * dk_t, 0) * k_norm
-            k_dot_z = k_dot - k_dot_before + dr_dot_ks
-            dG = tl.sum(F, 1) - tl.sum(F, 0) + (q_dot - q_dot_before) - k_dot_z - dr_dot_ks
-            dG += tl.where(i_c == C - 1, tl.exp(G_last) * state_dot + tl.sum(k_dot_z, 0), 0.0)
-            q_dot_before = q_dot
-            k_dot_before = k_dot
+            dG += tl.sum(F, 1) - tl.sum(F, 0)
             _store_gate_gradients(
-                dG, d_beta, g, b, A_log, dt_bias, dg, dbeta, dA_part, ddt_part, row, n_rows, chunk, hv,
+                dG + tl.where(i_c == C - 1, dG_last, 0.0), m_dot_r - tl.sum(EKK, 1),
+                g, b, A_log, dt_bias, dg, dbeta, dA_part, ddt_part, row, n_rows, chunk, hv,
                 stride_gt, stride_gh, HV, C, GATE, SIGMOID,
             )  # fmt: skip
             dP = tl.zeros([C, C], tl.float32)
             MU = tl.zeros([C, C], tl.float32)
             m_dot_r = tl.zeros([C], tl.float32)
-            dr_dot_ks = tl.zeros([C], tl.float32)
-            state_dot = 0.0
+            dG = tl.zeros([C], tl.float32)
+            dG_last = 0.0
 
+    q_norm = tl.full([C], 1.0, tl.float32)
+    k_norm = tl.full([C], 1.0, tl.float32)
+    if rk is not None:
+        q_norm = tl.load(rq + (chunk * H + hk) * C + i_c)
+        k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
     q_t = tl.trans(q_tile)
     k_t = tl.trans(k_tile)
     dq_t = tl.dot(k_t, tl.trans((dQK_sum * k_norm[None, :]).to(dtype)), acc=dq_t, input_precision=PRECISION)
@@ -181,7 +195,10 @@ def local_gradients_kernel(
     symmetric = (bE_sum + tl.trans(bE_sum)) * -k_norm[:, None]
     dk_t = tl.dot(k_t, symmetric.to(dtype), acc=dk_t, input_precision=PRECISION)
     if rk is not None:
-        dq_t = _norm_gradient(dq_t, q_t.to(tl.float32), q_norm)
-        dk_t = _norm_gradient(dk_t, k_t.to(tl.float32), k_norm)
+        # Loaded again: kept from before the loop, these would take registers all along it.
+        q_again = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+        k_again = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+        dq_t = _norm_gradient(dq_t, tl.trans(q_again).to(tl.float32), q_norm)
+        dk_t = _norm_gradient(dk_t, tl.trans(k_again).to(tl.float32), k_norm)
     store_rows(dq + (row * H + hk) * K, tl.trans(dq_t), 0, n_rows, H * K, K, BK, C)
     store_rows(dk + (row * H + hk) * K, tl.trans(dk_t), 0, n_rows, H * K, K, BK, C)
