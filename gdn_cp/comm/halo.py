@@ -1,0 +1,214 @@
+"""The convolution's halo: the W-1 tokens before each segment, fetched from whichever ranks hold them.
+
+A causal convolution of W taps reads up to W-1 tokens back. Where a segment begins inside its sequence they are in other
+segments, on other ranks as a rule and, where segments are shorter than W-1, on several. A segment that begins d < W-1
+tokens into its sequence has only d tokens before it; what would lie before the sequence is zero and does not travel.
+
+Example, W = 4, one sequence of 8 tokens, zigzag on 2 ranks: rank 0 holds 0 1 | 6 7, rank 1 holds 2 3 4 5.
+
+    halo of rank 0   tokens 3 4 5 (all of rank 1), before its second segment; the first begins the sequence
+    halo of rank 1   tokens 0 1 (of rank 0); the sequence has no more before token 2
+
+The backward sends each halo row's gradient to the row's owner, who adds what it gets in a fixed order.
+
+Dimensions: T rows of this rank, n segments, W taps, D columns, R halo rows of this rank, G ranks of the state group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gdn_cp.comm.cuts import expand
+from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.states import to_device
+
+
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """The rows that read a halo, the first W-1 of each segment that has one, and how to convolve them.
+
+    Gathered by `order` out of [halo rows; this rank's rows `rows`], each halo stands right before its segment's edge,
+    in stretches bounded by `cu_seqlens` (int32); the results that count are then at `results`. All int64 but the bounds.
+    """
+
+    rows: Tensor
+    order: Tensor
+    cu_seqlens: Tensor
+    results: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class HaloRoutes:
+    """How the halo travels for one (layout, a2a_size, width), seen from one rank of the state group.
+
+    Halo rows stand segment by segment (those that begin inside a sequence and have tokens), within a segment in the
+    order of their tokens. `lengths` has, for each such segment, (its slot, its halo rows), as host values.
+
+    `send_rows` int64: the rows of this rank's buffer that go out, receiver by receiver, `send_counts[g]` to rank g (to
+    itself too). `receive_counts[g]` come from rank g; gathered by `to_halo` they stand as halo rows, `from_halo` is
+    the inverse. For the backward: the i-th of `owners` (rows of this rank, each once) gets the sum of the gradients at
+    `contributions[i]` among the returned rows, filled up with an index one past them. `edges` says which rows need the
+    halo. `travels` is whether any rank has a halo: the same on all.
+    """
+
+    lengths: tuple[tuple[int, int], ...]
+    send_rows: Tensor
+    send_counts: tuple[int, ...]
+    receive_counts: tuple[int, ...]
+    to_halo: Tensor
+    from_halo: Tensor
+    owners: Tensor
+    contributions: Tensor
+    edges: Edges
+    travels: bool
+
+
+_routes: WeakKeyDictionary[ThdLayout, dict[tuple[int, int, int], HaloRoutes]] = WeakKeyDictionary()
+
+
+def halo_routes(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> HaloRoutes:
+    """Return the routes of the `width` - 1 rows before each segment of `group_index`.
+
+    Built on the host the first time, then kept as long as the layout; tensors are on its device. Every rank gets its
+    part of the same plan without any communication.
+    """
+    known = _routes.setdefault(layout, {})
+    key = (a2a_size, group_index, width)
+    if key not in known:
+        known[key] = _build_routes(layout, *key)
+    return known[key]
+
+
+def fetch_halo(tensors: Sequence[Tensor], routes: HaloRoutes, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
+    """Return each tensor's halo rows [R, D_i], in the order that `HaloRoutes` states.
+
+    Args:
+        tensors: [T, D_i] of one dtype, rows in the order of this rank's segments.
+        routes: see `halo_routes`.
+        group: the state group; every rank of it calls, or none does (`routes.travels`).
+
+    Differentiable: one all-to-all forward for all tensors together, one backward.
+    """
+    return _FetchHalo.apply(routes, group, *tensors)
+
+
+class _FetchHalo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, routes: HaloRoutes, group: dist.ProcessGroup, *tensors: Tensor) -> Any:
+        ctx.routes, ctx.group = routes, group
+        ctx.rows, ctx.widths = tensors[0].shape[0], [x.shape[1] for x in tensors]
+        sent = torch.cat([x.index_select(0, routes.send_rows) for x in tensors], 1)
+        received = _all_to_all(sent, routes.receive_counts, routes.send_counts, group)
+        halo = received.index_select(0, routes.to_halo)
+        return tuple(part.contiguous() for part in halo.split(ctx.widths, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        routes: HaloRoutes = ctx.routes
+        sent = torch.cat(grads, 1).index_select(0, routes.from_halo)
+        returned = _all_to_all(sent, routes.send_counts, routes.receive_counts, ctx.group)
+        # A gather and a sum along one dimension, not a scatter: the order of additions is fixed.
+        padded = torch.cat([returned, returned.new_zeros(1, returned.shape[1])])
+        summed = padded[routes.contributions].sum(1)
+        results = []
+        for part in summed.split(ctx.widths, 1):
+            results.append(part.new_zeros(ctx.rows, part.shape[1]).index_copy_(0, routes.owners, part))
+        return None, None, *results
+
+
+def _all_to_all(
+    sent: Tensor, receive_counts: Sequence[int], send_counts: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    received = sent.new_empty(sum(receive_counts), sent.shape[1])
+    assert sent.is_contiguous()
+    dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group)
+    return received
+
+
+def _build_routes(layout: ThdLayout, a2a_size: int, me: int, width: int) -> HaloRoutes:
+    groups = layout.cp_size // a2a_size
+    cu = np.asarray(layout.cu_seqlens)
+    wanted = [_wanted_rows(layout, a2a_size, g, width) for g in range(groups)]
+    owner = np.empty(layout.t_global, dtype=np.int64)  # of each natural row: the group that holds it ...
+    place = np.empty(layout.t_global, dtype=np.int64)  # ... and the row of its buffer
+    for g in range(groups):
+        table = layout.segments(a2a_size, g)
+        rows = expand(cu[list(table.sequence_ids)] + np.asarray(table.starts), np.diff(table.cu_seqlens))
+        owner[rows], place[rows] = g, np.arange(rows.size)
+
+    # Both ends order what one sends the other as the receiver's halo does.
+    outgoing = [place[rows[owner[rows] == me]] for rows in wanted]
+    send_rows = np.concatenate(outgoing)
+    mine = wanted[me]
+    from_halo = np.argsort(owner[mine], kind="stable")
+    owners, contributions = _sum_table(send_rows)
+    device = layout.device
+    return HaloRoutes(
+        lengths=_halo_lengths(layout, a2a_size, me, width),
+        send_rows=to_device(send_rows, device),
+        send_counts=tuple(rows.size for rows in outgoing),
+        receive_counts=tuple(np.bincount(owner[mine], minlength=groups).tolist()),
+        to_halo=to_device(np.argsort(from_halo), device),
+        from_halo=to_device(from_halo, device),
+        owners=to_device(owners, device),
+        contributions=to_device(contributions, device),
+        edges=_build_edges(layout, a2a_size, me, width),
+        travels=any(rows.size for rows in wanted),
+    )
+
+
+def _halo_lengths(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> tuple[tuple[int, int], ...]:
+    table = layout.segments(a2a_size, group_index)
+    rows = zip(table.starts, np.diff(table.cu_seqlens).tolist(), strict=True)
+    lengths = [min(width - 1, start) if tokens else 0 for start, tokens in rows]
+    return tuple((slot, length) for slot, length in enumerate(lengths) if length)
+
+
+def _build_edges(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> Edges:
+    bounds = np.asarray(layout.segments(a2a_size, group_index).cu_seqlens)
+    slots, halo = np.array(_halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2).T
+    edge = np.minimum(width - 1, np.diff(bounds)[slots])
+    rows = expand(bounds[slots], edge)
+    halo_start, edge_start = np.cumsum(halo) - halo, np.cumsum(edge) - edge + halo.sum()
+    # Halo, edge, halo, edge, ...
+    starts, lengths = np.stack([halo_start, edge_start], 1).reshape(-1), np.stack([halo, edge], 1).reshape(-1)
+    ends = np.cumsum(halo + edge)
+    cu_seqlens = np.concatenate([[0], ends if ends.size else [0]])  # without edges one empty stretch
+    return Edges(
+        rows=to_device(rows, layout.device),
+        order=to_device(expand(starts, lengths), layout.device),
+        cu_seqlens=to_device(cu_seqlens, layout.device).int(),
+        results=to_device(expand(ends - edge, edge), layout.device),
+    )
+
+
+def _wanted_rows(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> np.ndarray:
+    """The natural rows of a group's halo, in order."""
+    table = layout.segments(a2a_size, group_index)
+    lengths = np.array(_halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2)
+    begin = np.asarray(layout.cu_seqlens)[np.asarray(table.sequence_ids)[lengths[:, 0]]]
+    return expand(begin + np.asarray(table.starts)[lengths[:, 0]] - lengths[:, 1], lengths[:, 1])
+
+
+def _sum_table(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct rows, sorted, and for each where it occurs, filled up with rows.size.
+
+    >>> _sum_table(np.array([5, 3, 5]))
+    (array([3, 5]), array([[1, 3],
+           [0, 2]]))
+    """
+    distinct, counts = np.unique(rows, return_counts=True)
+    table = np.full((distinct.size, int(counts.max(initial=1))), rows.size)
+    column = expand(np.zeros_like(counts), counts)
+    table[np.repeat(np.arange(distinct.size), counts), column] = np.argsort(rows, kind="stable")
+    return distinct, table

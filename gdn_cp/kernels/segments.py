@@ -1,0 +1,253 @@
+"""What a segment does to the state that passes through it, and how states are composed along a chain of segments.
+
+Over a segment the gated delta rule is affine in the state that enters it, per value head:
+
+    S_out = S_ext + M S_in        S_ext: the rule from a zero state        M = prod_t e^{g_t} (I - beta_t k_t k_t^T)
+
+and so is its gradient, with the same M: dS_in = dS_ext + M^T dS_out, dS_ext being the backward from a zero gradient of
+the final state. A summary is (S_ext, M), its size independent of the segment's length.
+
+M costs no second algorithm: a column of the state whose values v are zero is multiplied by M and by nothing else. So
+the rule runs once on values with K zero columns appended, from the state [0 | I], and ends in [S_ext | M].
+
+Dimensions: T tokens, n segments, H query/key heads, HV value heads, K key dim, V value dim, L segments of a chain,
+U chains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_cp.kernels.chunk import chunk_gated_delta_rule
+from gdn_cp.kernels.gate import fused_gdn_gate
+
+TRUNCATION_THRESHOLD = 4.5e-5
+"""A state that decays below this part of itself within a segment is lost in bfloat16's rounding (2e-3) many times."""
+
+
+@dataclass(frozen=True)
+class TokenInputs:
+    """What the rule reads of T packed tokens; names, dtypes and meanings as in `gdn_cp.chunk_gated_delta_rule`.
+
+    q, k [1, T, H, K]; v [1, T, HV, V]; g, beta [1, T, HV]; A_log, dt_bias [HV] or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None = None
+    beta: Tensor | None = None
+    A_log: Tensor | None = None
+    dt_bias: Tensor | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """All fields, in the order of their declaration."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
+    def narrow(self, start: int, end: int) -> TokenInputs:
+        """The tokens [start, end); views."""
+        if start == 0 and end == self.q.shape[1]:
+            return self
+        rows = (None if x is None else x[:, start:end] for x in (self.q, self.k, self.v, self.g, self.beta))
+        return TokenInputs(*rows, self.A_log, self.dt_bias)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class RuleOptions:
+    """The switches of `gdn_cp.chunk_gated_delta_rule`, with its names and meanings."""
+
+    scale: float | None = None
+    use_qk_l2norm_in_kernel: bool = False
+    use_gate_in_kernel: bool = False
+    use_beta_sigmoid_in_kernel: bool = False
+    backend: str | None = None
+
+
+class SegmentSummary(NamedTuple):
+    """The affine law of n segments: S_ext [n, HV, K, V] and M [n, HV, K, K], float32 (float64 for float64 inputs)."""
+
+    ext: Tensor
+    transfer: Tensor
+
+
+def run_rule(
+    inputs: TokenInputs,
+    options: RuleOptions,
+    cu_seqlens: Tensor | None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`gdn_cp.chunk_gated_delta_rule` on a bundle of inputs: o [1, T, HV, V] and the final states or None."""
+    flags: dict[str, Any] = {field.name: getattr(options, field.name) for field in fields(options)}
+    return chunk_gated_delta_rule(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        inputs.g,
+        inputs.beta,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+        A_log=inputs.A_log,
+        dt_bias=inputs.dt_bias,
+        cu_seqlens=cu_seqlens,
+        **flags,
+    )
+
+
+def summarise_segments(
+    inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor, *, truncate: bool = False
+) -> SegmentSummary:
+    """Return S_ext and M of every segment.
+
+    Args:
+        inputs: the tokens of all segments, one after the other. q is not used.
+        options: as for the rule.
+        cu_seqlens: int32 or int64 [n+1], the row at which each segment starts and, last, T.
+        truncate: set M to zero for each (segment, head) whose decay e^(sum of g) is below `TRUNCATION_THRESHOLD`. It
+            changes S_out by no more than e^(sum of g) * |S_in| (2-norm) if 0 <= beta |k|^2 <= 2 for every token, which
+            unit keys and beta in (0, 1) guarantee; where that does not hold, leave it off. On a CPU a call whose every
+            M is zero does not compute them.
+
+    Not differentiable: the gradient of the state is passed on by `merge_states`.
+
+    >>> k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)  # one token, one head
+    >>> tokens = TokenInputs(k, k, v=torch.tensor([3.0]).view(1, 1, 1, 1), beta=torch.tensor([[[0.5]]]))
+    >>> ext, transfer = summarise_segments(tokens, RuleOptions(), torch.tensor([0, 1]))
+    >>> ext.flatten().tolist(), transfer[0, 0].tolist()
+    ([1.5, 0.0], [[0.5, 0.0], [0.0, 1.0]])
+    """
+    v = inputs.v
+    n, HV, K, V = len(cu_seqlens) - 1, v.shape[2], inputs.k.shape[-1], v.shape[-1]
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        lost = _decayed_away(inputs, options, cu_seqlens) if truncate else None
+        if lost is not None and v.device.type == "cpu" and bool(lost.all()):
+            _, ext = run_rule(_with_values(inputs, v), options, cu_seqlens, None, True)
+            assert ext is not None
+            return SegmentSummary(ext, ext.new_zeros(n, HV, K, K))
+        start = torch.cat((v.new_zeros(K, V, dtype=dtype), torch.eye(K, dtype=dtype, device=v.device)), 1)
+        wide = torch.cat((v, v.new_zeros(*v.shape[:3], K)), -1)
+        state = start.expand(n, HV, K, V + K).contiguous()
+        _, final = run_rule(_with_values(inputs, wide), options, cu_seqlens, state, True)
+        assert final is not None
+        ext, transfer = final.split((V, K), -1)
+        if lost is not None:
+            transfer = transfer.masked_fill(lost[..., None, None], 0)
+        return SegmentSummary(ext.contiguous(), transfer.contiguous())
+
+
+def _with_values(inputs: TokenInputs, v: Tensor) -> TokenInputs:
+    """The inputs with other values, and with k for q: the output is not used, and k is at hand."""
+    return TokenInputs(inputs.k, inputs.k, v, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias)
+
+
+def _decayed_away(inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor) -> Tensor:
+    """bool [n, HV]: the sum of g over the segment is below the logarithm of the threshold."""
+    v, g = inputs.v, inputs.g
+    if g is None:
+        return torch.zeros(len(cu_seqlens) - 1, v.shape[2], dtype=torch.bool, device=v.device)
+    if options.use_gate_in_kernel:
+        assert inputs.A_log is not None
+        g = fused_gdn_gate(g, inputs.A_log, inputs.dt_bias)
+    # Differences of running sums need float64: late segments stand on the sums of all before them.
+    total = torch.nn.functional.pad(g[0].to(torch.float64).cumsum(0), (0, 0, 1, 0))
+    bounds = cu_seqlens.long()
+    return total[bounds[1:]] - total[bounds[:-1]] < math.log(TRUNCATION_THRESHOLD)
+
+
+def merge_states(ext: Tensor, transfer: Tensor, active: tuple[int, ...], *, transpose: bool = False) -> Tensor:
+    """Compose states along U chains in lockstep: X_0 = ext_0, X_t = ext_t + M_t X_{t-1}, every X_t returned.
+
+    Rows stand step by step, and within a step chain by chain, the chain with most steps first: for chains of 3, 2 and
+    2 steps, active = (3, 3, 1) and the rows are chains 0 1 2, 0 1 2, 0.
+
+    Forward, with ext = S_ext and M of each segment, X_t is the state that leaves a chain's t-th segment, which is the
+    state that enters the next. Backward, with the chain reversed, ext = dS_ext and `transpose`, X_t is the gradient of
+    the state that enters a segment, which is the gradient of what leaves the one before.
+
+    Args:
+        ext: [sum(active), K, V] float32 or float64.
+        transfer: [sum(active[1:]), K, K], the M of the steps after the first; the first step needs none.
+        active: chains that have a step of each number, never increasing.
+        transpose: multiply by M^T.
+
+    Returns:
+        [sum(active), K, V].
+    """
+    assert len(ext) == sum(active)
+    assert len(transfer) == sum(active[1:])
+    assert all(a >= b for a, b in pairwise(active))
+    if not active:
+        return ext
+    if transpose:
+        transfer = transfer.transpose(-1, -2)
+    steps = list(ext.split(active))
+    for t, M_t in enumerate(transfer.split(active[1:]) if len(active) > 1 else (), start=1):
+        steps[t] = torch.baddbmm(steps[t], M_t, steps[t - 1][: len(M_t)])
+    return torch.cat(steps)
+
+
+@dataclass(frozen=True)
+class RuleBackward:
+    """The backward of the rule over segments, in the two halves between which gradients of states travel.
+
+    Made by `begin_backward`. The graph of the rule lives as long as this object.
+    """
+
+    wanted: tuple[Tensor, ...]
+    outputs: tuple[Tensor, Tensor]
+    states: Tensor
+    d_output: Tensor
+
+    def state_gradient(self) -> Tensor:
+        """Return dS_ext [n, HV, K, V]: the gradient of each initial state if no final state had a gradient."""
+        (grad,) = torch.autograd.grad(self.outputs[0], self.states, self.d_output, retain_graph=True)
+        return grad
+
+    def finish(self, d_final: Tensor | None) -> tuple[Tensor, ...]:
+        """Return the gradients of the wanted inputs, given those of the final states [n, HV, K, V]; frees the graph."""
+        outputs, grads = (
+            (self.outputs, (self.d_output, d_final))
+            if d_final is not None
+            else (
+                self.outputs[:1],
+                (self.d_output,),
+            )
+        )
+        return torch.autograd.grad(outputs, self.wanted, grads)
+
+
+def begin_backward(
+    inputs: TokenInputs,
+    options: RuleOptions,
+    cu_seqlens: Tensor,
+    states: Tensor,
+    d_output: Tensor,
+    needs_grad: tuple[bool, ...],
+) -> RuleBackward:
+    """Run the rule anew from `states`, recording its graph, for the backward that `RuleBackward` describes.
+
+    Args:
+        inputs: as in the forward.
+        options: as in the forward.
+        cu_seqlens: bounds of the segments.
+        states: [n, HV, K, V] the states that enter the segments, as composed in the forward.
+        d_output: [1, T, HV, V] gradient of the output.
+        needs_grad: for each field of `inputs`, whether `RuleBackward.finish` shall return its gradient.
+    """
+    with torch.enable_grad():
+        leaves = [
+            x if x is None else x.detach().requires_grad_(needed)
+            for x, needed in zip(inputs.tensors(), needs_grad, strict=True)
+        ]
+        entering = states.detach().requires_grad_()
+        o, final = run_rule(TokenInputs(*leaves), options, cu_seqlens, entering, True)  # type: ignore[arg-type]
+    assert final is not None
+    wanted = tuple(x for x, needed in zip(leaves, needs_grad, strict=True) if x is not None and needed)
+    return RuleBackward(wanted, (o, final), entering, d_output)

@@ -1,0 +1,169 @@
+"""State passing: the convolution and the delta rule over sequences that are cut across the ranks of a state group.
+
+Each rank runs its own segments once, from the state that enters each. What enters follows from the other segments'
+summaries (see `gdn_cp.kernels.segments`), which travel instead of tokens:
+
+    halo -> convolution              summaries -> composers -> states that enter -> delta rule
+                                     backward: gradients of states -> composers -> gradients of states that leave
+
+Dimensions: T rows of this rank (of its a2a group, after the all-to-all), H query/key heads and HV value heads of this
+rank, K, V head dims, W taps, n segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gdn_cp.comm import states
+from gdn_cp.comm.groups import CpGroups
+from gdn_cp.comm.halo import fetch_halo, halo_routes
+from gdn_cp.comm.layout import SegmentTable, ThdLayout
+from gdn_cp.kernels.conv1d import causal_conv1d
+from gdn_cp.kernels.segments import (
+    RuleOptions,
+    TokenInputs,
+    begin_backward,
+    merge_states,
+    run_rule,
+    summarise_segments,
+)
+
+
+def convolve_segments(
+    tensors: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    layout: ThdLayout,
+    groups: CpGroups,
+    *,
+    activation: str | None = "silu",
+) -> tuple[Tensor, ...]:
+    """`gdn_cp.kernels.conv1d.causal_conv1d` along whole sequences of which this rank holds segments.
+
+    Only the first W-1 rows of a segment read another's tokens: all rows are convolved as if sequences began at the
+    segments, then these few anew, with the halo before them.
+
+    Args:
+        tensors: [T, D_i] of one dtype, rows in the order of `layout.segments(groups.a2a_size, groups.group_index)`.
+        weights: [D_i, W] or [D_i, 1, W], one per tensor, of one width.
+        biases: [D_i] or None, one per tensor.
+        layout: the batch's layout.
+        groups: this rank's groups; every rank of the state group calls.
+        activation: as for `causal_conv1d`.
+
+    Returns:
+        [T, D_i] in the order and dtype of `tensors`. Each rank's gradients of weights and biases are its rows' part.
+    """
+    routes = halo_routes(layout, groups.a2a_size, groups.group_index, weights[0].shape[-1])
+    bounds = layout.segments(groups.a2a_size, groups.group_index).cu_seqlens_tensor
+    triples = list(zip(tensors, weights, biases, strict=True))
+    results = [causal_conv1d(x, w, b, cu_seqlens=bounds, activation=activation) for x, w, b in triples]
+    if not routes.travels:
+        return tuple(results)
+    assert groups.states is not None
+    halos = fetch_halo(tensors, routes, groups.states)
+    edges = routes.edges
+    # On a rank without edges too: else its halo would not be part of the graph, and it would miss the backward exchange.
+    for y, halo, (x, w, b) in zip(results, halos, triples, strict=True):
+        rows = torch.cat([halo, x.index_select(0, edges.rows)]).index_select(0, edges.order)
+        anew = causal_conv1d(rows, w, b, cu_seqlens=edges.cu_seqlens, activation=activation)
+        y.index_copy_(0, edges.rows, anew.index_select(0, edges.results))
+    return tuple(results)
+
+
+def state_passing_delta_rule(
+    inputs: TokenInputs,
+    options: RuleOptions,
+    layout: ThdLayout,
+    groups: CpGroups,
+    *,
+    truncate: bool = False,
+) -> Tensor:
+    """`gdn_cp.chunk_gated_delta_rule` along whole sequences of which this rank holds segments, from zero states.
+
+    Args:
+        inputs: this rank's tokens and heads, rows in the order of `layout.segments(a2a_size, group_index)`. The ranks of
+            the state group hold the same heads.
+        options: switches of the rule, equal on all ranks.
+        layout: the batch's layout.
+        groups: this rank's groups; every rank of the state group calls.
+        truncate: let states end in segments over which they decay below a bound; see `summarise_segments`.
+
+    Returns:
+        o [1, T, HV, V] in v's dtype. Differentiable once in every tensor of `inputs`.
+
+    Two all-to-alls of states forward and two backward over `groups.states`, in float32 (float64 for float64), none
+    if no sequence crosses ranks. Kept for the backward: the inputs, the states that enter this rank's segments, and
+    the M of the chains that this rank composes. The rule itself is run anew in the backward.
+    """
+    table = layout.segments(groups.a2a_size, groups.group_index)
+    routes = states.state_routes(layout, groups.a2a_size, groups.group_index, inputs.v.shape[2])
+    if not routes.travels:
+        return run_rule(inputs, options, table.cu_seqlens_tensor)[0]
+    assert groups.states is not None
+    return _StatePassing.apply(_Call(options, table, routes, groups.states, truncate), *inputs.tensors())
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """What one call needs besides its tensors."""
+
+    options: RuleOptions
+    table: SegmentTable
+    routes: states.StateRoutes
+    group: dist.ProcessGroup
+    truncate: bool
+
+    def entering_states(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+        """The states [n, HV, K, V] that enter this rank's segments, and the M of the chains that it composes."""
+        first, last = self.routes.summarised
+        if first < last:
+            start, end = self.table.cu_seqlens[first], self.table.cu_seqlens[last]
+            bounds = self.table.cu_seqlens_tensor[first : last + 1] - start
+            part = inputs.narrow(start, end)
+            ext, transfer = summarise_segments(part, self.options, bounds, truncate=self.truncate)
+        else:
+            HV, V, K = *inputs.v.shape[2:], inputs.k.shape[-1]
+            dtype = torch.float64 if inputs.v.dtype == torch.float64 else torch.float32
+            ext = inputs.v.new_empty(0, HV, K, V, dtype=dtype)
+            transfer = inputs.v.new_empty(0, HV, K, K, dtype=dtype)
+        ext, transfer = states.send_summaries(self.routes, ext, transfer, self.group)
+        merged = merge_states(ext, transfer, self.routes.active)
+        return states.return_states(self.routes, merged, self.group), transfer
+
+    def leaving_gradients(self, d_ext: Tensor, transfer: Tensor) -> Tensor:
+        """The gradients [n, HV, K, V] of the states that leave this rank's segments."""
+        d_ext = states.send_gradients(self.routes, d_ext, self.group)
+        transfer = states.reverse_transfer(self.routes, transfer)
+        merged = merge_states(d_ext, transfer, self.routes.active, transpose=True)
+        return states.return_gradients(self.routes, merged, self.group)
+
+
+class _StatePassing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
+        inputs = TokenInputs(*tensors)  # type: ignore[arg-type]
+        entering, transfer = call.entering_states(inputs)
+        ctx.call = call
+        ctx.save_for_backward(*tensors, entering, transfer)
+        return run_rule(inputs, call.options, call.table.cu_seqlens_tensor, entering)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        call: _Call = ctx.call
+        *tensors, entering, transfer = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:]
+        pending = begin_backward(
+            TokenInputs(*tensors), call.options, call.table.cu_seqlens_tensor, entering, grads[0], needed
+        )
+        d_leaving = call.leaving_gradients(pending.state_gradient(), transfer)
+        results = iter(pending.finish(d_leaving))
+        return None, *(next(results) if wanted else None for wanted in needed)
