@@ -1,0 +1,86 @@
+"""A Megatron GPTModel of Gated DeltaNet and full-attention layers from a ModelConfig."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from gdn_cp.training.config import TrainConfig
+from gdn_cp.training.parallel import Ranks
+from gdn_cp.training.weights import initialize
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of weights and activations for "fp32", "bf16" or "auto" (bf16 on GPUs, fp32 on CPUs)."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def megatron_config(config: TrainConfig, ranks: Ranks) -> Any:
+    """Megatron's TransformerConfig of this run."""
+    from megatron.core.transformer import TransformerConfig
+
+    model = config.model
+    dtype = compute_dtype(config.run.precision, ranks.device)
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        ffn_hidden_size=model.ffn,
+        num_attention_heads=model.attention_heads,
+        num_query_groups=model.attention_groups,
+        kv_channels=model.attention_head_dim,
+        attention_output_gate=model.attention_gate,
+        qk_layernorm=True,
+        linear_conv_kernel_dim=model.gdn_conv,
+        linear_key_head_dim=model.gdn_head_dim,
+        linear_value_head_dim=model.gdn_head_dim,
+        linear_num_key_heads=model.gdn_key_heads,
+        linear_num_value_heads=model.gdn_value_heads,
+        linear_attention_freq=model.attention_every,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        tensor_model_parallel_size=ranks.tp_size,
+        context_parallel_size=ranks.cp_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        calculate_per_token_loss=True,  # gradients are added over ranks, not averaged
+        use_cpu_initialization=True,  # works everywhere; `initialize` draws every weight again
+    )
+
+
+def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
+    """(GPTModel on this rank's device, its TransformerConfig), with weights that depend on the seed alone."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from gdn_cp.megatron import get_hybrid_block_spec
+
+    torch.manual_seed(config.run.seed)
+    model_parallel_cuda_manual_seed(config.run.seed)
+    transformer = megatron_config(config, ranks)
+    block: Any = get_hybrid_block_spec(transformer, backend=config.run.gdn_backend)
+    model = GPTModel(
+        config=transformer,
+        transformer_layer_spec=block,
+        vocab_size=config.model.vocab,
+        max_sequence_length=config.data.token_budget,
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_percent=config.model.rope_fraction,
+        rotary_base=int(config.model.rope_theta),
+    )
+    initialize(model, config.model, config.run.seed, ranks.tp_group)
+    return model.to(ranks.device), transformer

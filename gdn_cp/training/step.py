@@ -1,0 +1,84 @@
+"""One optimizer step: from the packs of a step plan to a loss, gradients, and, where those are finite, new weights.
+
+Every rank of a context-parallel group builds the same pack, from the same host-side lengths, and takes its own rows by
+the pack's layout. The loss is a sum over this rank's targets divided by the targets of the whole step, so that losses
+and gradients add up over data- and context-parallel ranks, whatever their number.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.training.data import PackStream, StepPlan
+from gdn_cp.training.engine import Engine
+from gdn_cp.training.packing import PackedBatch
+from gdn_cp.training.parallel import Ranks
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss in nats per target of the whole step, norm of its gradient before clipping, whether it was applied."""
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient norm are finite numbers."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
+def model_inputs(batch: PackedBatch, ranks: Ranks) -> dict[str, Any]:
+    """This rank's rows of a pack, as arguments of a Megatron GPTModel (all [1, t_local]) and `loss_mask` [t_local]."""
+    from gdn_cp.megatron import packed_seq_params_from_layout
+
+    layout = ThdLayout.zigzag(batch.cu_seqlens, ranks.cp_size, seqlens=batch.seqlens, device=ranks.device)
+
+    def rows(array: np.ndarray) -> Tensor:
+        return layout.shard(torch.from_numpy(array).to(ranks.device, non_blocking=True), ranks.cp_rank)
+
+    return {
+        "input_ids": rows(batch.tokens)[None],
+        "position_ids": rows(batch.position_ids)[None],
+        "labels": rows(batch.labels)[None],
+        "loss_mask": rows(batch.loss_mask),
+        "packed_seq_params": packed_seq_params_from_layout(layout, ranks.cp_group),
+    }
+
+
+def accumulate_gradients(engine: Engine, stream: PackStream, plan: StepPlan, ranks: Ranks) -> Tensor:
+    """Forward and backward over this data-parallel rank's packs; returns the step's loss over all ranks (float64)."""
+    engine.begin_step()
+    engine.module.train()
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    packs = plan.packs[ranks.dp_rank :: ranks.dp_size]
+    for index, pack in enumerate(packs):
+        inputs = model_inputs(stream.build(pack), ranks)
+        mask = inputs.pop("loss_mask")
+        with engine.accumulating(last=index == len(packs) - 1):
+            losses = engine.module(attention_mask=None, **inputs)
+            loss = losses[0].float().masked_fill(~mask, 0.0).sum() / plan.num_targets
+            loss.backward()
+        total += loss.detach()
+    dist.all_reduce(total, group=ranks.dp_cp_group)
+    return total
+
+
+def run_step(engine: Engine, stream: PackStream, plan: StepPlan, ranks: Ranks, lr: float) -> StepResult:
+    """A whole optimizer step; weights stay as they are where the loss or the gradient norm is not finite."""
+    total = accumulate_gradients(engine, stream, plan, ranks)
+    grad_norm = engine.reduce_gradients()
+    result = StepResult(float(total), grad_norm, applied=False)
+    if not result.finite:
+        return result
+    engine.apply(lr, grad_norm)
+    return StepResult(result.loss, result.grad_norm, applied=True)

@@ -1,0 +1,108 @@
+"""The same data and seed give the same losses and gradients under every division of the work over ranks."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gdn_cp.training.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from gdn_cp.training.data import Corpus, PackStream
+from gdn_cp.training.engine import TorchEngine
+from gdn_cp.training.model import build_model
+from gdn_cp.training.parallel import model_parallel
+from gdn_cp.training.step import accumulate_gradients, run_step
+from gdn_cp.training.tokenizer import ByteTokenizer
+from gdn_cp.training.weights import gather_whole
+
+STEPS = 10
+RELATIVE = 1e-5  # float32 sums in another order: each is good to about 1e-7, a few hundred of them are added
+MODEL = ModelConfig(
+    layers=2,
+    hidden=32,
+    ffn=48,
+    attention_every=2,
+    attention_heads=4,
+    attention_groups=2,
+    attention_head_dim=16,
+    gdn_key_heads=4,
+    gdn_value_heads=8,
+    gdn_head_dim=8,
+)
+DATA = DataConfig(token_budget=160, pad_multiple=8, packs_per_step=2)
+OPTIM = OptimConfig(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+
+
+def real_text() -> list[bytes]:
+    """Functions of the standard library, from a few bytes to several packs long."""
+    functions = [json.JSONDecoder.decode, json.dumps, Path.exists, Path.read_text, Path.match, json.load, Path.mkdir]
+    return [inspect.getsource(function).encode() for function in functions]
+
+
+def train_and_collect(rank: int, world_size: int, divisions: list[ParallelConfig]) -> list[dict[str, Any]]:
+    """Ten losses, and the whole gradients of the first step, of each way to divide the work."""
+    results = []
+    for parallel in divisions:
+        config = TrainConfig(model=MODEL, data=DATA, parallel=parallel, optim=OPTIM)
+        with model_parallel(parallel, torch.device("cpu"), timeout_minutes=1) as ranks:
+            corpus = Corpus.build(real_text(), ByteTokenizer())
+            stream = PackStream(corpus, DATA.token_budget, DATA.pad_multiple, seed=5)
+            module, _ = build_model(config, ranks)
+            engine = TorchEngine(module, OPTIM, ranks)
+            start = stream.state_dict()
+            accumulate_gradients(engine, stream, stream.next_step(DATA.packs_per_step), ranks)
+            norm = engine.reduce_gradients()
+            grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+            whole = {name: grad.clone() for name, grad in gather_whole(grads, module, MODEL, ranks.tp_group).items()}
+            stream.load_state_dict(start)
+            steps = [
+                run_step(engine, stream, stream.next_step(DATA.packs_per_step), ranks, OPTIM.lr_at(step, STEPS))
+                for step in range(1, STEPS + 1)
+            ]
+            results.append({"losses": [step.loss for step in steps], "norm": norm, "grads": whole})
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> dict[str, Any]:
+    from tests.ranks import run_ranks
+
+    return run_ranks(train_and_collect, 1, [ParallelConfig()])[0][0]
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any], name: str) -> None:
+    for step, (expected, got) in enumerate(zip(one["losses"], other["losses"], strict=True), start=1):
+        assert abs(got - expected) <= RELATIVE * expected, f"{name}, step {step}: {got} against {expected}"
+    assert abs(other["norm"] - one["norm"]) <= RELATIVE * one["norm"], name
+    assert other["grads"].keys() == one["grads"].keys()
+    for parameter, expected in one["grads"].items():
+        error = (other["grads"][parameter] - expected).norm() / expected.norm()
+        assert error <= RELATIVE, f"{name}, gradient of {parameter}: {error}"
+
+
+def test_one_rank_learns(one_rank):
+    assert one_rank["losses"][-1] < 0.8 * one_rank["losses"][0]
+    assert all(grad.norm() > 0 for grad in one_rank["grads"].values())
+
+
+def test_losses_and_gradients_on_two_ranks(run_ranks, one_rank):
+    divisions = [ParallelConfig(cp=2), ParallelConfig(tp=2), ParallelConfig(tp=2, sequence_parallel=True)]
+    for per_rank in run_ranks(train_and_collect, 2, divisions):
+        for division, result in zip(divisions, per_rank, strict=True):
+            assert_same(one_rank, result, str(division))
+
+
+def test_losses_and_gradients_on_four_ranks(run_ranks, one_rank):
+    divisions = [
+        ParallelConfig(cp=4),
+        ParallelConfig(tp=2, cp=2),
+        ParallelConfig(tp=2, cp=2, sequence_parallel=True),
+        ParallelConfig(cp=2),  # with two data-parallel replicas
+    ]
+    for per_rank in run_ranks(train_and_collect, 4, divisions):
+        for division, result in zip(divisions, per_rank, strict=True):
+            assert_same(one_rank, result, str(division))
