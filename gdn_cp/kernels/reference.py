@@ -21,6 +21,9 @@ from torch import Tensor
 from gdn_cp.kernels.activations import sigmoid
 from gdn_cp.kernels.gate import gdn_gate_reference
 
+# Rows of padding below which it is not worth a smaller chunk: up to here a sequence is cut alike in whatever batch it is.
+_PADDING_THAT_MATTERS = 1 << 15
+
 
 def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Unit length along the last dimension, x * rsqrt(sum(x^2) + eps), in float32 (float64 for float64), in x's dtype.
@@ -91,7 +94,8 @@ def chunk_gated_delta_rule_reference(
     """The same function by chunks of `chunk_size` tokens; arguments and results as `gdn_cp.chunk_gated_delta_rule`.
 
     What needs no state is done for all chunks of all sequences in one batch; the recurrence over chunks advances all
-    sequences in lockstep, two products a step. Reads cu_seqlens on the host.
+    sequences in lockstep, two products a step. Deterministic, and on a CPU the outputs, states and gradients of a head
+    have the same bits whatever heads are beside it. Reads cu_seqlens on the host.
     """
     out_dtype, (B, T) = v.dtype, v.shape[:2]
     with torch.autocast(q.device.type, enabled=False):
@@ -101,8 +105,10 @@ def chunk_gated_delta_rule_reference(
         bounds = tuple(n * T for n in range(B + 1)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
         table = _chunk_table(bounds, chunk_size, q.device)
         rows = (_pick_rows(x.flatten(0, 1), table.rows, table.places, table.is_padding) for x in tokens)
-        q, k, *rest = (x.unflatten(0, (-1, chunk_size)) for x in rows)
-        chunks = _Tokens(q.movedim(1, 2), k.movedim(1, 2), *(x.movedim(1, 3) for x in rest))
+        q, k, *rest = (x.unflatten(0, (-1, table.chunk_size)) for x in rows)
+        chunks = (q.movedim(1, 2), k.movedim(1, 2), *(x.movedim(1, 3) for x in rest))
+        # Contiguous whatever H is: the strides decide which kernel a product runs, hence its last bits.
+        chunks = _Tokens(*(x.contiguous() for x in chunks))
         o, final = _chunked(chunks, _pick_rows(state, table.order, table.order_inverse), table.active)
         o = _pick_rows(o.movedim(3, 1).flatten(0, 1), table.places, table.rows, None, table.is_padding).unflatten(
             0, (B, T)
@@ -198,7 +204,7 @@ def _chunked(chunks: _Tokens, state: Tensor, active: tuple[int, ...]) -> tuple[T
     q, k, v, g, beta = chunks
     C, V = v.shape[-2:]
     # A long run of strong gates makes |G| large and the differences that matter small: float64 keeps their digits.
-    G = g.to(torch.float64).cumsum(-1)
+    G = _running_sum(g.to(torch.float64))
     future = torch.ones(C, C, dtype=torch.bool, device=g.device).triu(1)
     # Masked before exp: the exponents of the future are positive and may overflow.
     gam = (G[..., :, None] - G[..., None, :]).to(g.dtype).masked_fill(future, -torch.inf).exp()
@@ -224,6 +230,15 @@ def _chunked(chunks: _Tokens, state: Tensor, active: tuple[int, ...]) -> tuple[T
     return gamma[..., None] * torch.einsum("mhck,mhrkv->mhrcv", q, S) + P @ U, final
 
 
+def _running_sum(x: Tensor) -> Tensor:
+    """Cumulative sum along the last dimension, by doubling: torch's has no deterministic form on CUDA."""
+    step = 1
+    while step < x.shape[-1]:
+        x = x + torch.nn.functional.pad(x[..., :-step], (step, 0))
+        step *= 2
+    return x
+
+
 class _ChunkTable(NamedTuple):
     """Where the chunks of a packed batch lie, ordered by their index in the sequence, then longest sequence first."""
 
@@ -233,6 +248,7 @@ class _ChunkTable(NamedTuple):
     order: Tensor | None  # int64 [N]: sequences from most to fewest chunks; None when that is the identity
     order_inverse: Tensor | None  # int64 [N]
     active: tuple[int, ...]  # sequences that have a chunk of each index
+    chunk_size: int
 
 
 @lru_cache(maxsize=32)
@@ -240,9 +256,12 @@ def _chunk_table(bounds: tuple[int, ...], chunk_size: int, device: torch.device)
     """Table of the sequences [bounds[n], bounds[n+1]). For lengths 70, 0, 130 and chunks of 64 the order is
 
     chunk 0 of sequence 2, chunk 0 of sequence 0, chunk 1 of 2, chunk 1 of 0, chunk 2 of 2: active = (2, 2, 1).
+    The chunk is made smaller for a batch of many tiny sequences, most of whose chunks would be padding.
     """
     ends, starts = torch.tensor(bounds[1:]), torch.tensor(bounds[:-1])
     counts = (ends - starts + chunk_size - 1) // chunk_size
+    if chunk_size > 16 and counts.sum() * chunk_size > max(4 * bounds[-1], _PADDING_THAT_MATTERS):
+        return _chunk_table(bounds, chunk_size // 2, device)
     order = torch.argsort(counts, descending=True, stable=True)
     order_inverse = torch.argsort(order)
     sequence = torch.repeat_interleave(counts)
@@ -263,6 +282,7 @@ def _chunk_table(bounds: tuple[int, ...], chunk_size: int, device: torch.device)
         None if same_order else order.to(device),
         None if same_order else order_inverse.to(device),
         tuple(torch.bincount(step).tolist()),
+        chunk_size,
     )
 
 
