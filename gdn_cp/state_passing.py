@@ -12,7 +12,6 @@ rank, K, V head dims, W taps, n segments.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,45 +36,41 @@ from gdn_cp.kernels.segments import (
 
 
 def convolve_segments(
-    tensors: Sequence[Tensor],
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     layout: ThdLayout,
     groups: CpGroups,
     *,
     activation: str | None = "silu",
-) -> tuple[Tensor, ...]:
+) -> Tensor:
     """`gdn_cp.kernels.conv1d.causal_conv1d` along whole sequences of which this rank holds segments.
 
     Only the first W-1 rows of a segment read another's tokens: all rows are convolved as if sequences began at the
     segments, then these few anew, with the halo before them.
 
     Args:
-        tensors: [T, D_i] of one dtype, rows in the order of `layout.segments(groups.a2a_size, groups.group_index)`.
-        weights: [D_i, W] or [D_i, 1, W], one per tensor, of one width.
-        biases: [D_i] or None, one per tensor.
+        x: [T, D], rows in the order of `layout.segments(groups.a2a_size, groups.group_index)`.
+        weight: [D, W] or [D, 1, W].
+        bias: [D] or None.
         layout: the batch's layout.
         groups: this rank's groups; every rank of the state group calls.
         activation: as for `causal_conv1d`.
 
     Returns:
-        [T, D_i] in the order and dtype of `tensors`. Each rank's gradients of weights and biases are its rows' part.
+        [T, D] in the order and dtype of x. Each rank's gradients of weight and bias are its rows' part.
     """
-    routes = halo_routes(layout, groups.a2a_size, groups.group_index, weights[0].shape[-1])
+    routes = halo_routes(layout, groups.a2a_size, groups.group_index, weight.shape[-1])
     bounds = layout.segments(groups.a2a_size, groups.group_index).cu_seqlens_tensor
-    triples = list(zip(tensors, weights, biases, strict=True))
-    results = [causal_conv1d(x, w, b, cu_seqlens=bounds, activation=activation) for x, w, b in triples]
+    y = causal_conv1d(x, weight, bias, cu_seqlens=bounds, activation=activation)
     if not routes.travels:
-        return tuple(results)
+        return y
     assert groups.states is not None
-    halos = fetch_halo(tensors, routes, groups.states)
-    edges = routes.edges
-    # On a rank without edges too: else its halo would not be part of the graph, and it would miss the backward exchange.
-    for y, halo, (x, w, b) in zip(results, halos, triples, strict=True):
-        rows = torch.cat([halo, x.index_select(0, edges.rows)]).index_select(0, edges.order)
-        anew = causal_conv1d(rows, w, b, cu_seqlens=edges.cu_seqlens, activation=activation)
-        y.index_copy_(0, edges.rows, anew.index_select(0, edges.results))
-    return tuple(results)
+    halo, edges = fetch_halo(x, routes, groups.states), routes.edges
+    # On a rank without edges too, so that its halo is part of the graph and its backward takes part in the exchange.
+    rows = torch.cat([halo, x.index_select(0, edges.rows)]).index_select(0, edges.order)
+    anew = causal_conv1d(rows, weight, bias, cu_seqlens=edges.cu_seqlens, activation=activation)
+    return y.index_copy_(0, edges.rows, anew.index_select(0, edges.results))
 
 
 def state_passing_delta_rule(
@@ -89,8 +84,8 @@ def state_passing_delta_rule(
     """`gdn_cp.chunk_gated_delta_rule` along whole sequences of which this rank holds segments, from zero states.
 
     Args:
-        inputs: this rank's tokens and heads, rows in the order of `layout.segments(a2a_size, group_index)`. The ranks of
-            the state group hold the same heads.
+        inputs: this rank's tokens and heads, rows in the order of `layout.segments(a2a_size, group_index)`. The ranks
+            of the state group hold the same heads.
         options: switches of the rule, equal on all ranks.
         layout: the batch's layout.
         groups: this rank's groups; every rank of the state group calls.

@@ -37,7 +37,7 @@ class Edges:
     """The rows that read a halo, the first W-1 of each segment that has one, and how to convolve them.
 
     Gathered by `order` out of [halo rows; this rank's rows `rows`], each halo stands right before its segment's edge,
-    in stretches bounded by `cu_seqlens` (int32); the results that count are then at `results`. All int64 but the bounds.
+    in stretches bounded by `cu_seqlens` (int32); the results that count are then at `results`.
     """
 
     rows: Tensor
@@ -88,42 +88,38 @@ def halo_routes(layout: ThdLayout, a2a_size: int, group_index: int, width: int) 
     return known[key]
 
 
-def fetch_halo(tensors: Sequence[Tensor], routes: HaloRoutes, group: dist.ProcessGroup) -> tuple[Tensor, ...]:
-    """Return each tensor's halo rows [R, D_i], in the order that `HaloRoutes` states.
+def fetch_halo(x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> Tensor:
+    """Return the halo rows [R, D] of x, in the order that `HaloRoutes` states.
 
     Args:
-        tensors: [T, D_i] of one dtype, rows in the order of this rank's segments.
+        x: [T, D], rows in the order of this rank's segments.
         routes: see `halo_routes`.
-        group: the state group; every rank of it calls, or none does (`routes.travels`).
+        group: the state group; every rank of it calls, or none does (`routes.travels`). A rank must let its loss
+            depend on the result even where that has no rows, or it misses the exchange of the backward.
 
-    Differentiable: one all-to-all forward for all tensors together, one backward.
+    Differentiable: one all-to-all forward, one backward.
     """
-    return _FetchHalo.apply(routes, group, *tensors)
+    return _FetchHalo.apply(x, routes, group)
 
 
 class _FetchHalo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, routes: HaloRoutes, group: dist.ProcessGroup, *tensors: Tensor) -> Any:
-        ctx.routes, ctx.group = routes, group
-        ctx.rows, ctx.widths = tensors[0].shape[0], [x.shape[1] for x in tensors]
-        sent = torch.cat([x.index_select(0, routes.send_rows) for x in tensors], 1)
+    def forward(ctx: Any, x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> Tensor:
+        ctx.routes, ctx.group, ctx.rows = routes, group, x.shape[0]
+        sent = x.index_select(0, routes.send_rows)
         received = _all_to_all(sent, routes.receive_counts, routes.send_counts, group)
-        halo = received.index_select(0, routes.to_halo)
-        return tuple(part.contiguous() for part in halo.split(ctx.widths, 1))
+        return received.index_select(0, routes.to_halo)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> Any:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         routes: HaloRoutes = ctx.routes
-        sent = torch.cat(grads, 1).index_select(0, routes.from_halo)
+        sent = grads[0].index_select(0, routes.from_halo)
         returned = _all_to_all(sent, routes.send_counts, routes.receive_counts, ctx.group)
         # A gather and a sum along one dimension, not a scatter: the order of additions is fixed.
         padded = torch.cat([returned, returned.new_zeros(1, returned.shape[1])])
         summed = padded[routes.contributions].sum(1)
-        results = []
-        for part in summed.split(ctx.widths, 1):
-            results.append(part.new_zeros(ctx.rows, part.shape[1]).index_copy_(0, routes.owners, part))
-        return None, None, *results
+        return summed.new_zeros(ctx.rows, summed.shape[1]).index_copy_(0, routes.owners, summed), None, None
 
 
 def _all_to_all(
