@@ -185,25 +185,29 @@ def chains_kernel(
         own_at = hv * (K * V)
         state = tl.zeros([BK, BV], tl.float32)
         if is_gradient == 0:
-            if piece_first < c0:
-                state = load_state(checkpoint + own_at, i_v, K, V, BK, BV, False)
-            elif initial_state is not None:
+            if initial_state is not None:
                 state = load_state(initial_state + state_at, i_v, K, V, BK, BV, V_FIRST)
+            if checkpoint is not None:
+                if piece_first < c0:
+                    state = load_state(checkpoint + own_at, i_v, K, V, BK, BV, False)
             _state_chain(
                 k, v, G, bt, rk, X, h, state, hk, hv, i_v, first_row, end_row, first, count, c0,
                 stride_kt, stride_kh, stride_vt, stride_vh, H, HV, K, V, BK, BV, C, PRECISION, STAGES,
             )  # fmt: skip
         else:
-            if piece_end > c1:
-                state = load_state(carry_in + own_at, i_v, K, V, BK, BV, False)
-            elif dht is not None:
+            if dht is not None:
                 state = load_state(dht + state_at, i_v, K, V, BK, BV, V_FIRST)
+            if carry_in is not None:
+                if piece_end > c1:
+                    state = load_state(carry_in + own_at, i_v, K, V, BK, BV, False)
             state = _gradient_chain(
                 q, k, do, G, bt, rq, rk, X, Yt, dh, M, state, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
                 H, HV, K, V, BK, BV, C, PRECISION, STAGES,
             )  # fmt: skip
-            if piece_first < c0:
-                store_state(carry_out + own_at, state, i_v, K, V, BK, BV, False)
-            elif dh0 is not None:
-                store_state(dh0 + state_at, state, i_v, K, V, BK, BV, V_FIRST)
+            if carry_out is not None:
+                if piece_first < c0:
+                    store_state(carry_out + own_at, state, i_v, K, V, BK, BV, False)
+            if dh0 is not None:
+                if piece_first >= c0:
+                    store_state(dh0 + state_at, state, i_v, K, V, BK, BV, V_FIRST)
