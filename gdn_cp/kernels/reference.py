@@ -21,7 +21,7 @@ from torch import Tensor
 from gdn_cp.kernels.activations import sigmoid
 from gdn_cp.kernels.gate import gdn_gate_reference
 
-# Rows of padding below which it is not worth a smaller chunk: up to here a sequence is cut alike in whatever batch it is.
+# Rows of padding below which a smaller chunk is not worth it: up to here a sequence is cut alike in every batch.
 _PADDING_THAT_MATTERS = 1 << 15
 
 
