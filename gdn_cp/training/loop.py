@@ -101,7 +101,6 @@ class _Run:
         """What a checkpoint must share with the run that continues it."""
         config = self.config
         return {
-            "world_size": self.ranks.world_size,
             "tp": self.ranks.tp_size,
             "cp": self.ranks.cp_size,
             "dp": self.ranks.dp_size,

@@ -7,6 +7,7 @@ run shows its whole history.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -146,7 +147,8 @@ class RunLog:
     def event(self, kind: str, **values: Any) -> None:
         """A record of its own kind in the JSONL file."""
         if self._is_writer:
-            self._jsonl.write(json.dumps({"event": kind, "time": time.time(), **values}) + "\n")
+            plain = {name: _finite_or_none(value) for name, value in values.items()}
+            self._jsonl.write(json.dumps({"event": kind, "time": time.time(), **plain}) + "\n")
             self._jsonl.flush()
 
     def step(self, metrics: StepMetrics) -> None:
@@ -161,6 +163,11 @@ class RunLog:
                 self._board.add_scalar(name, getattr(metrics, name), metrics.step)
             if metrics.mfu is not None:
                 self._board.add_scalar("mfu", metrics.mfu, metrics.step)
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no word for numbers that are not finite."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _end_line(path: Path) -> None:

@@ -22,6 +22,7 @@ def plot_run(run: Path, target: Path | None = None) -> Path:
     if not steps:
         raise ValueError(f"run={str(run)!r} holds no training steps ({METRICS_FILE}); give the folder of a run")
     start = read_last(metrics, "start") or {}
+    steps = [record for record in steps if record["loss"] is not None]  # a loss that was not finite has no place
     x = [record["step"] for record in steps]
 
     figure, (loss, speed) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
