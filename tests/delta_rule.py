@@ -70,10 +70,10 @@ def errors(actual: dict[str, Tensor], oracle: dict[str, Tensor]) -> dict[str, fl
     """
     result = {}
     for name, expected in oracle.items():
-        size = expected.norm()
+        size = expected.detach().norm()
         if name in ("dA_log", "ddt_bias"):
             size = torch.maximum(size, oracle["dg"].norm())
-        difference = (actual[name].double() - expected.double()).norm()
+        difference = (actual[name].detach().double() - expected.double()).norm()
         result[name] = float(difference / size) if size > 0 else float(difference)
     return result
 

@@ -223,7 +223,7 @@ def _check_sequences(q: Tensor, cu_seqlens: Tensor | None) -> None:
     B, T = q.shape[:2]
     if B != 1:
         raise ValueError(
-            f"q has batch size {B} but cu_seqlens packs sequences in one row: reshape q to [1, {B * T}, ...]"
+            f"q has batch size {B} but cu_seqlens packs sequences in one row: reshape every input to [1, {B * T}, ...]"
         )
     if cu_seqlens.device.type != "cpu":
         return  # reading it would wait for the device

@@ -70,7 +70,7 @@ class _GatedRmsNorm(torch.autograd.Function):
         dy, w, gate = grad_outputs[0].to(dtype), weight.to(dtype), z.to(dtype)
         dz = silu_backward(dy * normed * w, gate).to(z.dtype) if ctx.needs_input_grad[1] else None
         gated = dy * silu_forward(gate)
-        dweight = (gated * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
+        dweight = (gated * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
         d = gated * w
         dx = (scale * (d - normed * (normed * d).mean(-1, keepdim=True))).to(x.dtype)
         return dx, dz, dweight, None
