@@ -139,10 +139,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, layout: ThdLayout, scale: float | N
     varlen = _varlen_attention()
     if varlen is not None and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16):
         return varlen(q, k, v, layout, scale)
-    outputs = []
+    outputs, grouped = [], q.shape[1] != k.shape[1]
     for start, end in pairwise(layout.cu_seqlens):
-        heads_first = [x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-        o = scaled_dot_product_attention(*heads_first, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        q_n, k_n, v_n = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        o = scaled_dot_product_attention(q_n, k_n, v_n, is_causal=True, scale=scale, enable_gqa=grouped)
         outputs.append(o.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
 
@@ -168,6 +168,8 @@ def _varlen_attention() -> Any:
                 k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         longest = max(b - a for a, b in pairwise(layout.cu_seqlens))
         cu = layout.cu_seqlens_tensor()
-        return varlen_attn(q, k, v, cu, cu, longest, longest, **arguments)
+        out = varlen_attn(q, k, v, cu, cu, longest, longest, **arguments)
+        assert isinstance(out, Tensor)  # without auxiliary outputs
+        return out
 
     return attend

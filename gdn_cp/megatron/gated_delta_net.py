@@ -79,6 +79,10 @@ class GatedDeltaNet(MegatronModule):
         ValueError: for sizes that tp does not divide and for unsupported settings.
     """
 
+    conv1d: nn.Conv1d
+    A_log: nn.Parameter
+    dt_bias: nn.Parameter
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -151,7 +155,7 @@ class GatedDeltaNet(MegatronModule):
     def _build_conv_and_gate(self, conv_bias: bool) -> None:
         config, dims = self.config, self.dims
         device = torch.device("cpu") if config.use_cpu_initialization else torch.device(torch.cuda.current_device())
-        self.conv1d = nn.utils.skip_init(
+        conv1d: Any = nn.utils.skip_init(
             nn.Conv1d,
             dims.conv_dim,
             dims.conv_dim,
@@ -161,13 +165,15 @@ class GatedDeltaNet(MegatronModule):
             device=device,
             dtype=config.params_dtype,
         )
+        self.conv1d = conv1d
         self.dt_bias = nn.Parameter(torch.empty(dims.num_v_heads, dtype=torch.float32, device=device))
         self.A_log = nn.Parameter(torch.empty(dims.num_v_heads, dtype=torch.float32, device=device))
+        parameter: Any
         for parameter in (*self.conv1d.parameters(), self.dt_bias, self.A_log):
             parameter.tensor_model_parallel = True  # Megatron counts it once per rank in norms and checkpoints
             parameter.partition_dim = 0
 
-    def _by_section(self, init_method: Callable[[Tensor], Any]) -> Callable[[Tensor], None]:
+    def _by_section(self, init_method: Any) -> Callable[[Tensor], None]:
         """An initialiser of in_proj that gives each tp rank its share of each section.
 
         On the CPU Megatron draws the whole weight on every rank and takes contiguous rows; reordering the rows first
@@ -192,7 +198,8 @@ class GatedDeltaNet(MegatronModule):
         if self.config.use_cpu_initialization:
             self._draw_conv_and_gate(self.all_heads, self.tp_rank, self.tp_size)
         else:
-            with get_cuda_rng_tracker().fork():
+            tracker: Any = get_cuda_rng_tracker()
+            with tracker.fork():
                 self._draw_conv_and_gate(self.dims, 0, 1)
 
     def _draw_conv_and_gate(self, heads: GdnDims, rank: int, size: int) -> None:

@@ -5,6 +5,8 @@ Megatron's fallback, torch's own norm, refuses both.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
@@ -36,8 +38,9 @@ class RMSNorm(nn.Module):
         self.config = config
         device = torch.device("cpu") if config.use_cpu_initialization else torch.cuda.current_device()
         start = torch.zeros if config.layernorm_zero_centered_gamma else torch.ones
-        self.weight = nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = nn.Parameter(start(hidden_size, dtype=config.params_dtype, device=device))
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., hidden_size]."""

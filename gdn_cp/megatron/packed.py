@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ def packed_seq_params_from_layout(
             real = real.pin_memory()  # a copy from pageable memory would synchronise
         real = real.to(padded.device, non_blocking=True)
     longest = max((b - a for a, b in pairwise(layout.cu_seqlens)), default=0)
-    return GdnPackedSeqParams(
+    params = GdnPackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=real,
         cu_seqlens_kv=real,
@@ -67,13 +67,15 @@ def packed_seq_params_from_layout(
         cu_seqlens_kv_padded=padded,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        cp_group=group,
         layout=layout,
         a2a_size=a2a_size,
     )
+    if group is not None:
+        params.cp_group = group
+    return params
 
 
-def is_packed(packed_seq_params: PackedSeqParams | None) -> bool:
+def is_packed(packed_seq_params: PackedSeqParams | None) -> TypeGuard[PackedSeqParams]:
     """Tell whether the batch is packed rows (THD) rather than equal sequences (SBHD).
 
     Raises ValueError for a PackedSeqParams of another format than "thd".

@@ -28,7 +28,7 @@ class PackedSelfAttention(SelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         *args: Any,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
         packed_seq_params: PackedSeqParams | None = None,
@@ -41,7 +41,6 @@ class PackedSelfAttention(SelfAttention):
                 Megatron's own way is needed.
         """
         if rotary_pos_emb is not None and is_packed(packed_seq_params):
-            assert packed_seq_params is not None
             group = cp_group_of(packed_seq_params, self.pg_collection.cp)
             cp_size = 1 if group is None else group.size()
             rows = hidden_states.shape[0] * (self.pg_collection.tp.size() if self.config.sequence_parallel else 1)

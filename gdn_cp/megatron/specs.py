@@ -59,7 +59,7 @@ def get_attention_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
     `config.qk_layernorm` and `config.attention_output_gate` (both set in Qwen3-Next) are honoured.
     """
-    norm = RMSNorm if config.qk_layernorm else None
+    norm: Any = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
         module=PackedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -95,10 +95,9 @@ def get_hybrid_block_spec(
     if config.normalization != "RMSNorm":
         raise ValueError(f"config.normalization={config.normalization!r}: set 'RMSNorm'")
     pattern = linear_attention_pattern(config)
-    if config.pipeline_model_parallel_layout is not None:
-        stage = config.pipeline_model_parallel_layout.get_layer_id_list(
-            layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank
-        )
+    placement: Any = config.pipeline_model_parallel_layout
+    if placement is not None:
+        stage = placement.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage, pp_rank=pp_rank)
     else:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
         stage = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
@@ -106,7 +105,8 @@ def get_hybrid_block_spec(
         get_gdn_layer_spec(config, backend=backend) if pattern[layer] else get_attention_layer_spec(config)
         for layer in stage
     ]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    final_norm: Any = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 
 def linear_attention_pattern(config: TransformerConfig) -> list[int]:
