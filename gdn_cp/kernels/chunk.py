@@ -5,7 +5,6 @@ N sequences (N = B without cu_seqlens).
 """
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch

@@ -34,6 +34,19 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+def read_bounds(cu_seqlens: Tensor, T: int) -> tuple[int, ...]:
+    """The bounds of packed sequences on the host; waits for the device. Raises ValueError unless they cut T rows."""
+    bounds = tuple(cu_seqlens.tolist())
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
+    for n, (start, end) in enumerate(pairwise(bounds)):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at sequence {n}")
+    if bounds[-1] != T:
+        raise ValueError(f"cu_seqlens must end at the token count {T}, got {bounds[-1]}: no row is dropped or added")
+    return bounds
+
+
 def recurrent_gated_delta_rule_reference(
     q: Tensor,
     k: Tensor,
@@ -66,7 +79,7 @@ def recurrent_gated_delta_rule_reference(
         else:
             runs = [
                 _recur(_Tokens(*(x[:, start:end] for x in tokens)), state[n : n + 1])
-                for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist()))
+                for n, (start, end) in enumerate(pairwise(read_bounds(cu_seqlens, q.shape[1])))
             ]
             o, final = torch.cat([run[0] for run in runs], 1), torch.cat([run[1] for run in runs])
         return o.flatten(2, 3).to(out_dtype), _end_state(final, state_v_first) if output_final_state else None
@@ -102,7 +115,7 @@ def chunk_gated_delta_rule_reference(
         gate = (A_log, dt_bias) if use_gate_in_kernel else None
         tokens = _prepare(q, k, v, g, beta, scale, use_qk_l2norm_in_kernel, gate, use_beta_sigmoid_in_kernel)
         state = _start_state(tokens, initial_state, state_v_first, cu_seqlens)
-        bounds = tuple(n * T for n in range(B + 1)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        bounds = tuple(n * T for n in range(B + 1)) if cu_seqlens is None else read_bounds(cu_seqlens, T)
         table = _chunk_table(bounds, chunk_size, q.device)
         rows = (_pick_rows(x.flatten(0, 1), table.rows, table.places, table.is_padding) for x in tokens)
         q, k, *rest = (x.unflatten(0, (-1, table.chunk_size)) for x in rows)

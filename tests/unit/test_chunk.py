@@ -197,3 +197,35 @@ def test_float64_wants_float64_states():
     inputs = random_inputs(1, 6, 1, 1, 2, 2, raw=False)
     with pytest.raises(ValueError, match=r"initial_state must be torch.float64"):
         chunk_gated_delta_rule(**(inputs | {"initial_state": inputs["initial_state"].float()}))
+
+
+@pytest.mark.gpu
+def test_gpu_falls_back_for_a_head_dim_that_triton_refuses():
+    x = random_inputs(1, 100, 1, 2, 9, 7, raw=False, dtype=torch.bfloat16)
+    on_gpu = {name: t.detach().cuda() for name, t in x.items()}
+    with pytest.warns(RuntimeWarning, match="head dim"):
+        o, _ = chunk_gated_delta_rule(**on_gpu, use_qk_l2norm_in_kernel=True)
+    expected, _ = chunk_gated_delta_rule(**x, use_qk_l2norm_in_kernel=True)
+    assert (o.cpu().float() - expected.float()).norm() <= 2**-7 * expected.float().norm()
+    with pytest.raises(ValueError, match="head dim"):
+        chunk_gated_delta_rule(**on_gpu, backend="triton")
+
+
+@pytest.mark.gpu
+def test_gpu_reference_refuses_wrong_boundaries_when_it_reads_them():
+    x = {name: t.cuda() for name, t in a_call().items()}
+    with pytest.raises(ValueError, match="cu_seqlens must end at the token count 6, got 5"):
+        chunk_gated_delta_rule(**x, cu_seqlens=torch.tensor([0, 5], device="cuda"), backend="reference")
+
+
+@pytest.mark.gpu
+def test_gpu_validation_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setitem(_IMPLEMENTATIONS, "reference", lambda *args, **kwargs: (None, None))
+    x = {name: t.detach().cuda() for name, t in random_inputs(1, 64, 1, 2, 16, 16, N=2).items()}
+    cu_seqlens = torch.tensor([0, 30, 64], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = chunk_gated_delta_rule(**x, **flags(True), cu_seqlens=cu_seqlens, backend="reference")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert result == (None, None)

@@ -141,3 +141,21 @@ def test_channel_has_the_bits_that_it_has_alone():
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**({"x": torch.ones(5, 3), "weight": torch.ones(3, 4)} | changes))
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_and_never_waits_for_the_device():
+    arguments = leaves(301, 24, 4, torch.float32)
+    bounds, d = [0, 5, 5, 301], torch.randn(301, 24)
+    exact = one_by_one(*(x.double() for x in arguments), bounds, True)
+    on_gpu = [x.detach().cuda().requires_grad_() for x in arguments]
+    cu_seqlens, d_gpu = torch.tensor(bounds, dtype=torch.int32, device="cuda"), d.cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        y = causal_conv1d(*on_gpu, cu_seqlens=cu_seqlens)
+        gradients = torch.autograd.grad(y, on_gpu, d_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(y.cpu().double(), exact, rtol=1e-5, atol=1e-6)
+    for actual, wanted in zip(gradients, torch.autograd.grad(exact, arguments, d.double()), strict=True):
+        assert (actual.cpu() - wanted).norm() <= 1e-6 * wanted.norm()

@@ -90,3 +90,15 @@ def test_head_has_the_bits_that_it_has_alone():
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         gated_rms_norm(**({"x": torch.ones(4, 8), "z": torch.ones(4, 8), "weight": torch.ones(8)} | changes))
+
+
+@pytest.mark.gpu
+def test_gpu_agrees():
+    arguments = leaves(77, 8, 16, dtype=torch.float32)
+    exact, d = formula(*(x.double() for x in arguments)), torch.randn(77, 8, 16)
+    on_gpu = [x.detach().cuda().requires_grad_() for x in arguments]
+    y = gated_rms_norm(*on_gpu)
+    assert (y.cpu() - exact).norm() <= 1e-6 * exact.norm()
+    gradients = torch.autograd.grad(y, on_gpu, d.cuda())
+    for actual, wanted in zip(gradients, torch.autograd.grad(exact, arguments, d.double()), strict=True):
+        assert (actual.cpu() - wanted).norm() <= 1e-6 * wanted.norm()

@@ -291,3 +291,18 @@ def test_zero_rows_of_q_and_k_have_finite_gradients(op):
     for name in ("q", "k"):
         inputs[name] = inputs[name].detach().index_fill(1, torch.tensor([0, 7]), 0).requires_grad_()
     assert all(x.isfinite().all() for x in run(op, inputs, **flags(True)).values())
+
+
+@pytest.mark.gpu
+def test_gpu_agrees_and_repeats_its_bits():
+    bounds = [0, 0, 70, 71, 300]
+    inputs = random_inputs(1, 300, 2, 4, 32, 16, N=4, dtype=torch.float32)
+    kwargs = flags(True)
+    oracle = run(
+        recurrent_gated_delta_rule_reference, in_float64(inputs), **kwargs, cu_seqlens=bounds_to_tensor(bounds)
+    )
+    inputs = {name: x.detach().cuda().requires_grad_() for name, x in inputs.items()}
+    kwargs["cu_seqlens"] = torch.tensor(bounds, device="cuda")
+    first, second = (run(chunk_gated_delta_rule_reference, inputs, **kwargs) for _ in range(2))
+    assert_close({name: x.cpu() for name, x in first.items()}, oracle, float32_tolerance(300))
+    assert all(torch.equal(first[name], second[name]) for name in first)
