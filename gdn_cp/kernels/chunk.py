@@ -49,7 +49,7 @@ def chunk_gated_delta_rule(
             anything else with float32 states and sums.
         k: [B, T, H, K] keys, q's dtype.
         v: [B, T, HV, V] values, q's dtype; HV a multiple of H.
-        g: [B, T, HV] log decay in nats, <= 0; None for no decay. With `use_gate_in_kernel` the raw gate.
+        g: [B, T, HV] log decay in nats, finite and <= 0; None for no decay. With `use_gate_in_kernel` the raw gate.
         beta: [B, T, HV] step size, in (0, 1) as a rule; None for ones. With `use_beta_sigmoid_in_kernel` its logit.
         scale: factor of the queries; None for K**-0.5.
         initial_state: [N, HV, K, V] float32 state before the first token of each sequence; None for zeros.
