@@ -56,7 +56,7 @@ def backward_config(dtype: torch.dtype, K: int, V: int) -> BackwardLaunch:
     if K > 128:
         return BackwardLaunch((32, 8, 1), (32, 8, 1))
     block_v = 64 if V > 32 else max(16, V)
-    return BackwardLaunch((block_v, 4, 2), (block_v, 8, 2))
+    return BackwardLaunch((block_v, 4, 2), (block_v, 8, 1))
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
@@ -133,11 +133,14 @@ def chunk_gated_delta_rule_bwd(
             h, dh, out.dv, out.dh0, scale, c0, c1, NT, *_strides(q, k, v, do),
             BV=block, V_FIRST=state_v_first, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
+        del X, Yt  # their memory serves for U
         block, warps, stages = launch.local
         if c1 > c0:
+            U = torch.empty(c1 - c0, HV, CHUNK, V, dtype=q.dtype, device=q.device)
+            dG = None if g is None else torch.empty(c1 - c0, HV, CHUNK, dtype=torch.float32, device=q.device)
             local_gradients_kernel[((c1 - c0) * H,)](
                 q, k, v, do, g, prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag, h, dh, out.dv,
-                A_log, dt_bias, tables.chunks, out.dq, out.dk, out.dv, out.dg, out.dbeta, out.dA_log, out.ddt_bias,
+                A_log, dt_bias, tables.chunks, U, dG, out.dq, out.dk, out.dv, out.dg, out.dbeta, out.dA_log, out.ddt_bias,
                 scale, c0, *_strides(q, k, v, do), *((0, 0) if g is None else (g.stride(1), g.stride(2))),
                 BV=block, GATE=use_gate_in_kernel, SIGMOID=use_beta_sigmoid_in_kernel, STAGES=stages,
                 num_warps=warps, num_stages=stages, **shared,
