@@ -44,6 +44,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x [..., hidden_size]."""
-        full = x.to(torch.promote_types(x.dtype, torch.float32))
         gain = gain_of(self.weight, self.config)
+        if gain.dtype == x.dtype:  # torch's own computes half precision in float32 and keeps no copy of it
+            return nn.functional.rms_norm(x, (x.shape[-1],), gain, self.eps)
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
         return nn.functional.rms_norm(full, (x.shape[-1],), gain.to(full.dtype), self.eps).to(x.dtype)

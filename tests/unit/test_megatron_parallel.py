@@ -36,7 +36,16 @@ CUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_model(*, tp: int = 1, cp: int = 1, sp: bool = False, recompute: bool = False, dtype: str = "float32"):
+def build_model(
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    sp: bool = False,
+    recompute: bool = False,
+    dtype: str = "float32",
+    head_dim: int = 8,
+    cpu_initialization: bool = True,
+):
     """A GPTModel of three GDN layers and one attention layer with the features of Qwen3-Next, over fresh groups."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
@@ -60,7 +69,7 @@ def build_model(*, tp: int = 1, cp: int = 1, sp: bool = False, recompute: bool =
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
         sequence_parallel=sp,
-        use_cpu_initialization=True,
+        use_cpu_initialization=cpu_initialization,
         normalization="RMSNorm",
         layernorm_zero_centered_gamma=True,
         activation_func=torch.nn.functional.silu,
@@ -73,8 +82,8 @@ def build_model(*, tp: int = 1, cp: int = 1, sp: bool = False, recompute: bool =
         linear_attention_freq=4,
         linear_num_key_heads=4,
         linear_num_value_heads=8,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
+        linear_key_head_dim=head_dim,
+        linear_value_head_dim=head_dim,
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
@@ -105,7 +114,7 @@ def step(model, tokens: Tensor, *, tp: int = 1, cp: int = 1, kind: str = "zigzag
     if packed:
         padded = pad_cu_seqlens([0, 13, 13, 45, 46, 64], cp, kind, local_multiple=tp)
         make = ThdLayout.zigzag if kind == "zigzag" else ThdLayout.contiguous
-        layout = make(padded.cu_seqlens, cp, seqlens=padded.seqlens)
+        layout = make(padded.cu_seqlens, cp, seqlens=padded.seqlens, device=tokens.device)
         params = packed_seq_params_from_layout(layout, group)
         if plain_params:
             names = ("qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
@@ -113,13 +122,13 @@ def step(model, tokens: Tensor, *, tp: int = 1, cp: int = 1, kind: str = "zigzag
                 **{name: getattr(params, name) for name in (*names, "max_seqlen_q", "max_seqlen_kv")}
             )
         ids, labels, weights = (
-            layout.shard(padded.pad(x), rank)[None] for x in (tokens, labels, torch.ones(tokens.numel()))
+            layout.shard(padded.pad(x), rank)[None] for x in (tokens, labels, torch.ones_like(tokens))
         )
     else:
         params = None
-        layout = ThdLayout.batched(2, 32, cp)
+        layout = ThdLayout.batched(2, 32, cp, device=tokens.device)
         ids, labels = (layout.shard(x, rank).view(2, -1) for x in (tokens, labels))
-        weights = torch.ones(ids.shape)
+        weights = torch.ones_like(ids)
     per_token = model(ids, torch.zeros_like(ids), None, labels=labels, packed_seq_params=params)
     loss = (per_token * weights).sum() / tokens.numel()
     loss.backward()
