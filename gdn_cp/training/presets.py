@@ -10,7 +10,7 @@ TINY = TrainConfig(
     model=ModelConfig(),
     data=DataConfig(token_budget=2048, pad_multiple=8, packs_per_step=2),
     optim=OptimConfig(lr=3e-3, min_lr=3e-4, warmup_steps=10),
-    run=RunConfig(steps=80, checkpoint_every=20, out=Path("runs/tiny")),
+    run=RunConfig(steps=64, checkpoint_every=16, out=Path("runs/tiny")),
 )
 
 # The widths of Qwen3-Next (80B-A3B), four of its 48 layers, and a dense feed-forward layer of 5,120 in place of the 512
