@@ -20,15 +20,36 @@ NT chunks (bound), NP pieces (bound).
 
 from __future__ import annotations
 
-# ruff: noqa: SIM102  (a nested if on a tl.constexpr is decided when the kernel is compiled, `and` is not)
+# ruff: noqa: SIM102, SIM108  (an if on a tl.constexpr is decided when the kernel is compiled, `and` or a ternary is not)
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_prepare import Prepared
 from gdn_cp.kernels.configs import ChainLaunch, chain_config
 from gdn_cp.kernels.tables import ChunkTables
+
+
+@triton.jit
+def _row_factors(
+    G_ptr, bt_ptr, rq_ptr, rk_ptr, c, h, hv, present, H: tl.constexpr, HV: tl.constexpr, NORM: tl.constexpr,
+    SUMMARY: tl.constexpr,
+):  # fmt: skip
+    """G, its last value, beta, rk and rq of chunk c."""
+    i = tl.arange(0, 64)
+    head = (c * HV + hv) * 64
+    G = tl.load(G_ptr + head + i, mask=present & (i >= 0), other=0.0)
+    G_last = tl.load(G_ptr + head + 63, mask=present, other=0.0)
+    beta = tl.load(bt_ptr + head + i, mask=present & (i >= 0), other=0.0)
+    rk = tl.full((64,), 1.0, tl.float32)
+    rq = tl.full((64,), 1.0, tl.float32)
+    if NORM:
+        rk = tl.load(rk_ptr + (c * H + h) * 64 + i, mask=present & (i >= 0), other=0.0)
+        if not SUMMARY:
+            rq = tl.load(rq_ptr + (c * H + h) * 64 + i, mask=present & (i >= 0), other=0.0)
+    return G, G_last, beta, rk, rq
 
 
 @triton.jit
@@ -38,7 +59,7 @@ def _chain_kernel(
     scale, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     STATE_K: tl.constexpr, STATE_V: tl.constexpr, NORM: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_STARTS: tl.constexpr, STORE_FINAL: tl.constexpr, SUMMARY: tl.constexpr, DOT: tl.constexpr,
+    HAS_STARTS: tl.constexpr, STORE_FINAL: tl.constexpr, SUMMARY: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece p, value head hv, column block b), b fastest.
@@ -83,44 +104,65 @@ def _chain_kernel(
             S = tl.where(d[:, None] == (e - V_BLOCKS * BV)[None, :], 1.0, 0.0)
 
     qk_mask = d[None, :] < K
-    k_tile = k_ptr + row * stride_kt + h * stride_kh + i[:, None] * stride_kt + d[None, :]
-    v_tile = v_ptr + row * stride_vt + hv.to(tl.int64) * stride_vh + i[:, None] * stride_vt + e[None, :]
-    q_tile = q_ptr + row * stride_qt + h * stride_qh + i[:, None] * stride_qt + d[None, :]
-    o_tile = o_ptr + (row * HV + hv) * V + i[:, None] * (HV * V) + e[None, :]
-    rows_left = (end - row).to(tl.int32)
-    for _ in tl.range(0, steps, num_stages=STAGES):
-        valid = i[:, None] < rows_left
-        k = tl.load(k_tile, mask=valid & qk_mask, other=0.0)
-        v = tl.load(v_tile, mask=valid & (e[None, :] < V), other=0.0)
-        X_tile = X_ptr + (chunk * HV + hv) * (K * 64) + d[:, None] * 64 + i[None, :]
-        X = tl.load(X_tile) if BK == K else tl.load(X_tile, mask=d[:, None] < K, other=0.0)
-        G = tl.load(G_ptr + (chunk * HV + hv) * 64 + i)
-        G_last = tl.load(G_ptr + (chunk * HV + hv) * 64 + 63)
-        beta = tl.load(bt_ptr + (chunk * HV + hv) * 64 + i)
-        decay = tl.exp(G)
-        k_factor = decay
-        q_factor = decay * scale
-        if NORM:
-            k_factor = decay * tl.load(rk_ptr + (chunk * H + h) * 64 + i)
-        S16 = S.to(k.dtype)
+    k_tile = k_ptr
+    q_tile = q_ptr
+    v_tile = v_ptr
+    if not TMA:
+        k_tile = k_ptr + row * stride_kt + h * stride_kh + i[:, None] * stride_kt + d[None, :]
+        q_tile = q_ptr + row * stride_qt + h * stride_qh + i[:, None] * stride_qt + d[None, :]
+        v_tile = v_ptr + row * stride_vt + hv.to(tl.int64) * stride_vh + i[:, None] * stride_vt + e[None, :]
+    o_tile = o_ptr
+    if not SUMMARY:
+        o_tile = o_ptr + (row * HV + hv) * V + i[:, None] * (HV * V) + e[None, :]
+    # Row factors are fetched one step ahead into registers: the pipeline prefetches operands of products only, and to
+    # wait for these at the top of a step would add the memory's latency to each.
+    G, G_last, beta, rk, rq = _row_factors(G_ptr, bt_ptr, rq_ptr, rk_ptr, chunk, h, hv, steps > 0, H, HV, NORM, SUMMARY)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        part = (chunk + step) * HV + hv
+        first = row.to(tl.int32) + step * 64
+        valid = i[:, None] < end - first
+        k_factor = tl.exp(G) * rk
+        q_factor = tl.exp(G) * rq * scale
+        beta_now = beta
+        decay = tl.exp(G_last)
+        G, G_last, beta, rk, rq = _row_factors(
+            G_ptr, bt_ptr, rq_ptr, rk_ptr, chunk + step + 1, h, hv, step + 1 < steps, H, HV, NORM, SUMMARY
+        )
+        if TMA:
+            k = k_ptr.load([first, (h * K).to(tl.int32)])
+            v = v_ptr.load([first, hv * V + block * BV])
+            X = X_ptr.load([(part * K).to(tl.int32), 0])
+        else:
+            k = tl.load(k_tile, mask=valid & qk_mask, other=0.0)
+            v = tl.load(v_tile, mask=valid & (e[None, :] < V), other=0.0)
+            X_tile = X_ptr + part * (K * 64) + d[:, None] * 64 + i[None, :]
+            X = tl.load(X_tile) if BK == K else tl.load(X_tile, mask=d[:, None] < K, other=0.0)
+        S16 = S.to(X.dtype)
         KS = tl.dot(k, S16, input_precision=DOT)
         if not SUMMARY:
-            q = tl.load(q_tile, mask=valid & qk_mask, other=0.0)
+            if TMA:
+                q = q_ptr.load([first, (h * K).to(tl.int32)])
+            else:
+                q = tl.load(q_tile, mask=valid & qk_mask, other=0.0)
             QS = tl.dot(q, S16, input_precision=DOT)
-        R = ((v.to(tl.float32) - KS * k_factor[:, None]) * beta[:, None]).to(k.dtype)
-        S = tl.dot(X, R, S * tl.exp(G_last), input_precision=DOT)
+        R = (v.to(tl.float32) - KS * k_factor[:, None]) * beta_now[:, None]
+        if TMA:
+            R = tl.where(valid, R, 0.0)
+        R = R.to(X.dtype)
+        S = tl.dot(X, R, S * decay, input_precision=DOT)
         if not SUMMARY:
-            if NORM:
-                q_factor = q_factor * tl.load(rq_ptr + (chunk * H + h) * 64 + i)
-            Yt = tl.load(Yt_ptr + (chunk * HV + hv) * 4096 + i[:, None] * 64 + i[None, :])
+            if TMA:
+                Yt = Yt_ptr.load([(part * 64).to(tl.int32), 0])
+            else:
+                Yt = tl.load(Yt_ptr + part * 4096 + i[:, None] * 64 + i[None, :])
             out = tl.dot(tl.trans(Yt), R, QS * q_factor[:, None], input_precision=DOT)
             tl.store(o_tile, out.to(o_ptr.dtype.element_ty), mask=valid & (e[None, :] < V))
-        chunk += 1
-        rows_left -= 64
-        k_tile += 64 * stride_kt
-        q_tile += 64 * stride_qt
-        v_tile += 64 * stride_vt
-        o_tile += 64 * (HV * V)
+        if not TMA:
+            k_tile += 64 * stride_kt
+            q_tile += 64 * stride_qt
+            v_tile += 64 * stride_vt
+        if not SUMMARY:
+            o_tile += 64 * (HV * V)
 
     if SUMMARY:
         width: tl.constexpr = V + K
@@ -132,6 +174,124 @@ def _chain_kernel(
         if is_last:
             final = final_ptr + (n * HV + hv) * (K * V) + d[:, None] * STATE_K + e[None, :] * STATE_V
             tl.store(final, S, mask=state_mask)
+
+
+@triton.jit
+def _merge_kernel(
+    sums_ptr, starts_ptr, pieces_ptr,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """Program (first piece p of a sequence, value head, BV columns): the state at the start of each further piece.
+
+    Pieces are taken in order, S := S_ext + M S. S goes through its place in `starts`, from where the product reads it
+    by BR rows; the barrier makes what all threads wrote visible to each.
+    """
+    V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    block = pid % V_BLOCKS
+    hv = (pid // V_BLOCKS) % HV
+    p = (pid // (V_BLOCKS * HV)).to(tl.int64)
+    if (tl.load(pieces_ptr + p * 8) < 0) | (tl.load(pieces_ptr + p * 8 + 5) == 0):
+        return
+    left = tl.load(pieces_ptr + p * 8 + 7)
+    d = tl.arange(0, BK)
+    r = tl.arange(0, BR)
+    e = block * BV + tl.arange(0, BV)
+    mask = (d[:, None] < K) & (e[None, :] < V)
+    width: tl.constexpr = V + K
+    tile = d[:, None] * width + e[None, :]
+    S = tl.load(sums_ptr + (p * HV + hv) * (K * width) + tile, mask=mask & (left > 0), other=0.0)
+    for step in range(1, left + 1):
+        start = starts_ptr + ((p + step) * HV + hv) * (K * V)
+        tl.store(start + d[:, None] * V + e[None, :], S, mask=mask)
+        tl.debug_barrier()
+        # The last piece of a sequence has no summary; nothing reads the sum that its absence spoils.
+        sums = sums_ptr + ((p + step) * HV + hv) * (K * width)
+        S = tl.load(sums + tile, mask=mask & (step < left), other=0.0)
+        for first in range(0, K, BR):
+            M = tl.load(
+                sums + d[:, None] * width + (V + first + r)[None, :],
+                mask=(d[:, None] < K) & (first + r[None, :] < K) & (step < left),
+                other=0.0,
+            )
+            rows = tl.load(
+                start + (first + r)[:, None] * V + e[None, :],
+                mask=(first + r[:, None] < K) & (e[None, :] < V),
+                other=0.0,
+            )
+            S = tl.dot(M, rows, S, input_precision="ieee")
+
+
+def _tma_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the bulk copy engine can read these: packed heads, head dims that need no padding, 16-byte alignment."""
+    for x in (q, k, v):
+        dim = x.shape[3]
+        if dim & (dim - 1) or x.stride(2) != dim or x.stride(1) % 8 or x.data_ptr() % 16 or x.dtype == torch.float32:
+            return False
+    return v.numel() > 0
+
+
+def _descriptors(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, block_v: int) -> tuple[TensorDescriptor, ...]:
+    """Descriptors of q, k, v as [rows, heads * dim], X as [chunks * heads * K, 64], Yt as [chunks * heads * 64, 64]."""
+    assert prepared.X is not None
+    assert prepared.Yt is not None
+    K = q.shape[3]
+
+    def rows(x: Tensor, width: int) -> TensorDescriptor:
+        shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
+        return TensorDescriptor(x, shape, [x.stride(1), 1], [64, width])
+
+    def tiles(x: Tensor, height: int) -> TensorDescriptor:
+        return TensorDescriptor(x, [x.numel() // 64, 64], [64, 1], [height, 64])
+
+    return rows(q, K), rows(k, K), rows(v, block_v), tiles(prepared.X, K), tiles(prepared.Yt, 64)
+
+
+class _Walk:
+    """The launches over one batch's pieces, which share all arguments but their outputs."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, tables: ChunkTables, scale: float,
+        initial: Tensor | None, state_v_first: bool, launch: ChainLaunch,
+    ) -> None:  # fmt: skip
+        self.H, self.HV, self.K, self.V = q.shape[2], v.shape[2], q.shape[3], v.shape[3]
+        self.tables, self.config, self.device = tables, launch, q.device
+        self.block_v = min(launch.block_v, max(16, triton.next_power_of_2(self.V)))
+        self.tma = launch.tma and _tma_fits(q, k, v)
+        inputs = _descriptors(q, k, v, prepared, self.block_v) if self.tma else (q, k, v, prepared.X, prepared.Yt)
+        self.inputs = (*inputs, prepared.G, prepared.bt, prepared.rq, prepared.rk, tables.pieces, initial)
+        self.numbers = (scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2))
+        self.constants = {
+            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": triton.next_power_of_2(self.K),
+            "BV": self.block_v, "STATE_K": 1 if state_v_first else self.V, "STATE_V": self.K if state_v_first else 1,
+            "NORM": prepared.rk is not None, "HAS_INITIAL": initial is not None, "TMA": self.tma,
+            "DOT": launch.precision, "STAGES": launch.num_stages,
+        }  # fmt: skip
+
+    def launch(
+        self, *, starts: Tensor | None = None, o: Tensor | None = None, final: Tensor | None = None,
+        sums: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Walk over all pieces: from `starts` into `o` and `final`, or for the summaries into `sums`."""
+        blocks = triton.cdiv(self.V, self.block_v) + (0 if sums is None else triton.cdiv(self.K, self.block_v))
+        _chain_kernel[(self.tables.num_pieces * self.HV * blocks,)](
+            *self.inputs, starts, o, final, sums, *self.numbers, **self.constants,
+            HAS_STARTS=starts is not None, STORE_FINAL=final is not None, SUMMARY=sums is not None,
+            num_warps=self.config.num_warps, num_stages=self.config.num_stages,
+        )  # fmt: skip
+
+    def piece_states(self) -> Tensor:
+        """[NP, HV, K, V] float32: the state at the start of each piece that is not the first of its sequence."""
+        NP, HV, K, V = self.tables.num_pieces, self.HV, self.K, self.V
+        sums = torch.empty(NP, HV, K, V + K, dtype=torch.float32, device=self.device)
+        starts = torch.empty(NP, HV, K, V, dtype=torch.float32, device=self.device)
+        self.launch(sums=sums)
+        block_v = 16
+        _merge_kernel[(NP * HV * triton.cdiv(V, block_v),)](
+            sums, starts, self.tables.pieces, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=block_v,
+            BR=min(32, triton.next_power_of_2(K)), num_warps=8, num_stages=1,
+        )  # fmt: skip
+        return starts
 
 
 def chain_forward(
@@ -151,23 +311,15 @@ def chain_forward(
 
     `prepared` and `tables` belong to the same batch; q, k, v need a contiguous last dimension and evenly spaced rows.
     """
-    H, K = q.shape[2], q.shape[3]
+    launch = launch or chain_config(q.device, q.dtype, q.shape[3], v.shape[3])
     B, T, HV, V = v.shape
-    N = tables.num_sequences
-    launch = launch or chain_config(q.device, q.dtype, K, V)
+    K, N = q.shape[3], tables.num_sequences
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
     final = torch.empty(state_shape, dtype=torch.float32, device=v.device) if output_final_state else None
     initial = None if initial_state is None else initial_state.contiguous()
-    block_v = min(launch.block_v, max(16, triton.next_power_of_2(V)))
+    walk = _Walk(q, k, v, prepared, tables, scale, initial, state_v_first, launch)
     if tables.num_pieces:
-        _chain_kernel[(tables.num_pieces * HV * triton.cdiv(V, block_v),)](
-            q, k, v, prepared.X, prepared.Yt, prepared.G, prepared.bt, prepared.rq, prepared.rk, tables.pieces, initial,
-            None, o, final, None, scale,
-            q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
-            H=H, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=block_v,
-            STATE_K=1 if state_v_first else V, STATE_V=K if state_v_first else 1, NORM=prepared.rk is not None,
-            HAS_INITIAL=initial is not None, HAS_STARTS=False, STORE_FINAL=final is not None, SUMMARY=False,
-            DOT=launch.precision, STAGES=launch.num_stages, num_warps=launch.num_warps, num_stages=launch.num_stages,
-        )  # fmt: skip
+        starts = walk.piece_states() if tables.num_pieces > N else None
+        walk.launch(starts=starts, o=o, final=final)
     return o, final

@@ -11,9 +11,9 @@ so that one step along the sequence needs four products, of which two wait for e
 
     R = beta (V - (rk gamma) K S)      S+ = e^(G_C) S + X R      O = s (rq gamma) Q S + Y R
 
-Results are chunk-major and padded to 64 rows: in the tail rows of a sequence's last chunk G repeats its last value, beta,
-rk and rq are 0, and A is the identity, so that no reader needs a mask. Exponents are differences that are never positive.
-Only the strict lower part of A is stored: its diagonal is exactly 1, and is added in float32 by who uses it.
+Results are chunk-major and padded to 64 rows: in the tail rows of a sequence's last chunk G repeats its last value,
+beta, rk and rq are 0, and A is the identity, so that no reader needs a mask. Exponents are differences that are never
+positive. Only the strict lower part of A is stored: its diagonal is exactly 1, added in float32 by who uses it.
 
 Dimensions: B batch, T tokens, H query/key heads, HV value heads, K key head dim, C = 64 rows of a chunk,
 NT chunks (bound).
@@ -132,8 +132,8 @@ def _solve_kernel(
 ):  # fmt: skip
     """Program (chunk c, value head h): G, beta, rk of the chunk and the inverse A, by 16 x 16 blocks.
 
-    The blocks stay in the registers of one warp. The four on the diagonal are inverted by substitution in float32, those
-    below follow from A_ij = -A_ii (sum over j <= m < i of N_im A_mj).
+    The blocks stay in the registers of one warp. The four on the diagonal are inverted by substitution in float32,
+    those below follow from A_ij = -A_ii (sum over j <= m < i of N_im A_mj).
     """
     pid = tl.program_id(0)
     c = (pid // HV).to(tl.int64)
@@ -283,8 +283,8 @@ def _products_kernel(
     """Program (chunk c, key head h): X and Yt of the value heads that share h.
 
     The transpose of Y is computed, Yt = P^T + Ag^T P^T (Ag the strict lower part), so that the first operand of each
-    product is a tile as it was loaded. Tensor-core operands in registers are miscompiled on Hopper, and a first operand that
-    is computed would be one.
+    product is a tile as it was loaded. Tensor-core operands in registers are miscompiled on Hopper, and a first operand
+    that is computed would be one.
     """
     pid = tl.program_id(0)
     local = (pid // H).to(tl.int64)
@@ -376,7 +376,7 @@ def prepare(
             H=H, HV=HV, K=K, BK=min(triton.next_power_of_2(K), launch.solve_block), EPS=NORM_EPS,
             HAS_G=g is not None, HAS_BETA=beta is not None, GATE=use_gate_in_kernel, HAS_BIAS=dt_bias is not None,
             SIGMOID=use_beta_sigmoid_in_kernel, NORM=use_qk_l2norm_in_kernel, PRECISION=launch.solve_precision,
-            DOT=launch.precision, num_warps=launch.solve_warps, num_stages=1,
+            DOT=launch.precision, num_warps=launch.solve_warps, num_stages=1, maxnreg=launch.solve_registers,
         )  # fmt: skip
     prepared = Prepared(G, bt, rq, rk, Ag)
     X, Yt = _products(q, k, prepared, tables, scale, True, 0, NT, store_rq=True, launch=launch)

@@ -21,6 +21,7 @@ from torch import Tensor
 from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
+from gdn_cp.kernels.configs import chain_config, piece_chunks
 from gdn_cp.kernels.tables import CHUNK, chunk_tables
 
 MAX_HEAD_DIM = 256
@@ -75,9 +76,11 @@ def _forward(
     state_v_first: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, G, bt, rq, rk, Ag); a tensor without elements stands for None."""
-    B, T, HV, _ = v.shape
+    (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)  # pyright: ignore[reportAssignmentType]
-    tables = chunk_tables(B, T, cu_seqlens, q.device)
+    N, block_v = B if cu_seqlens is None else cu_seqlens.numel() - 1, chain_config(q.device, q.dtype, K, V).block_v
+    cut = piece_chunks(q.device, N, B * T, HV, K, V, block_v)
+    tables = chunk_tables(B, T, cu_seqlens, q.device, cut)
     prepared = prepare(
         q,
         k,

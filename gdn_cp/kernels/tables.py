@@ -28,9 +28,9 @@ class ChunkTables:
 
     chunks [NT, 4]: sequence (-1: none), first row, number of valid rows (1..64), index of the chunk in its sequence.
     pieces [NP, 8]: sequence (-1: none), first chunk, number of chunks (0 for an empty sequence), first row, end row,
-        1 if first of its sequence, 1 if last of its sequence, index of the first piece of the sequence.
+        1 if first of its sequence, 1 if last of its sequence, number of pieces after it in its sequence.
     Rows count through the flattened batch: row b*T + t. For example lengths 100 and 70 with pieces of one chunk give
-        chunks (0,0,64,0) (0,64,36,1) (1,100,64,0) (1,164,6,1); pieces (0,0,1,0,64,1,0,0) (0,1,1,64,100,0,1,0) ...
+        chunks (0,0,64,0) (0,64,36,1) (1,100,64,0) (1,164,6,1); pieces (0,0,1,0,64,1,0,1) (0,1,1,64,100,0,1,0) ...
     """
 
     chunks: Tensor
@@ -101,7 +101,7 @@ def _tables_kernel(
         tl.store(entry + 4, tl.minimum(row + size * CHUNK, end_row), mask=mask)
         tl.store(entry + 5, (ids == 0).to(tl.int32), mask=mask)
         tl.store(entry + 6, (ids == n_own - 1).to(tl.int32), mask=mask)
-        tl.store(entry + 7, tl.zeros_like(ids) + first_piece, mask=mask)
+        tl.store(entry + 7, n_own - 1 - ids, mask=mask)
     if n == n_seq - 1:
         for start in range(first_chunk + count, nt, BLOCK):
             ids = start + tl.arange(0, BLOCK)
