@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -137,6 +138,36 @@ def test_layer_and_checkpoint_are_those_of_megatron(run_ranks, tp):
             f"layer.conv1d.bias.{s}" for s in sections[:3]
         }
         assert result["error"] < 1e-5
+
+
+def _pass_checkpoints(folder: str) -> dict[str, Any]:
+    """Save Megatron's layer in bfloat16, load it into ours, save that, and load it back."""
+    from megatron.core import dist_checkpointing
+
+    def load(layer: Any, name: str) -> None:
+        with torch.no_grad():
+            for p in layer.parameters():
+                p.zero_()
+        state = dist_checkpointing.load(layer.sharded_state_dict(prefix="layer."), f"{folder}/{name}")
+        layer.load_state_dict({key.removeprefix("layer."): value for key, value in state.items()})
+
+    config = config_of(params_dtype=torch.bfloat16)
+    with pytest.MonkeyPatch.context() as patch:
+        theirs, our = megatrons_own(config, patch), ours(config, conv_bias=True)
+    before = {name: p.detach().clone() for name, p in theirs.named_parameters()}
+    for name, source, target in (("theirs", theirs, our), ("ours", our, theirs)):
+        Path(folder, name).mkdir()
+        dist_checkpointing.save(source.sharded_state_dict(prefix="layer."), f"{folder}/{name}")
+        load(target, name)
+    return {
+        "gate": our.A_log.dtype,
+        "ours": all(torch.equal(p.to(before[name].dtype), before[name]) for name, p in our.named_parameters()),
+        "theirs": all(torch.equal(p, before[name]) for name, p in theirs.named_parameters()),
+    }
+
+
+def test_checkpoints_pass_both_ways(tmp_path):
+    assert _pass_checkpoints(str(tmp_path)) == {"gate": torch.float32, "ours": True, "theirs": True}
 
 
 def test_hybrid_model_saves_layers_under_their_own_keys():
