@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn_cp.comm.cuts import expand
-from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.layout import SegmentTable, ThdLayout
 from gdn_cp.comm.states import to_device
 
 
@@ -133,13 +133,12 @@ def _all_to_all(
 
 def _build_routes(layout: ThdLayout, a2a_size: int, me: int, width: int) -> HaloRoutes:
     groups = layout.cp_size // a2a_size
-    cu = np.asarray(layout.cu_seqlens)
     wanted = [_wanted_rows(layout, a2a_size, g, width) for g in range(groups)]
     owner = np.empty(layout.t_global, dtype=np.int64)  # of each natural row: the group that holds it ...
     place = np.empty(layout.t_global, dtype=np.int64)  # ... and the row of its buffer
     for g in range(groups):
         table = layout.segments(a2a_size, g)
-        rows = expand(cu[list(table.sequence_ids)] + np.asarray(table.starts), np.diff(table.cu_seqlens))
+        rows = expand(_segment_starts(layout, table), np.diff(table.cu_seqlens))
         owner[rows], place[rows] = g, np.arange(rows.size)
 
     # Both ends order what one sends the other as the receiver's halo does.
@@ -190,10 +189,15 @@ def _build_edges(layout: ThdLayout, a2a_size: int, group_index: int, width: int)
 
 def _wanted_rows(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> np.ndarray:
     """The natural rows of a group's halo, in order."""
-    table = layout.segments(a2a_size, group_index)
     lengths = np.array(_halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2)
-    begin = np.asarray(layout.cu_seqlens)[np.asarray(table.sequence_ids)[lengths[:, 0]]]
-    return expand(begin + np.asarray(table.starts)[lengths[:, 0]] - lengths[:, 1], lengths[:, 1])
+    starts = _segment_starts(layout, layout.segments(a2a_size, group_index))[lengths[:, 0]]
+    return expand(starts - lengths[:, 1], lengths[:, 1])
+
+
+def _segment_starts(layout: ThdLayout, table: SegmentTable) -> np.ndarray:
+    """The natural row at which each segment begins."""
+    sequences, starts = (np.asarray(x, dtype=np.int64) for x in (table.sequence_ids, table.starts))
+    return np.asarray(layout.cu_seqlens)[sequences] + starts
 
 
 def _sum_table(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
