@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
-from gdn_cp.kernels.chunk_bwd_local import local_gradients_kernel
+from gdn_cp.kernels.chunk_bwd_local import dqk_kernel, scores_kernel
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
-from gdn_cp.kernels.configs import dot_precision
+from gdn_cp.kernels.configs import capability, dot_precision
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, chunk_tables
 
@@ -30,10 +31,12 @@ SLICE_BYTES = 512 * 2**20
 
 
 class BackwardLaunch(NamedTuple):
-    """Columns of the state per step, warps and pipeline stages of the two kernels."""
+    """For each kernel (columns of the state per step, warps, pipeline stages); whether the bulk copy engine is used."""
 
     chains: tuple[int, int, int]
-    local: tuple[int, int, int]
+    scores: tuple[int, int, int]
+    dqk: tuple[int, int, int]
+    tma: bool = False
 
 
 class Gradients(NamedTuple):
@@ -49,19 +52,22 @@ class Gradients(NamedTuple):
     ddt_bias: Tensor | None
 
 
-def backward_config(dtype: torch.dtype, K: int, V: int) -> BackwardLaunch:
+def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int) -> BackwardLaunch:
     """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others."""
     if dtype == torch.float32:
-        return BackwardLaunch((16, 8, 1), (16, 8, 1))
+        return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1))
+    hopper = capability(device) >= 90
     if K > 128:
-        return BackwardLaunch((32, 8, 1), (32, 8, 1))
+        return BackwardLaunch((32, 8, 1), (32, 8, 1), (32, 8, 1), hopper)
     block_v = 64 if V > 32 else max(16, V)
-    return BackwardLaunch((block_v, 4, 2), (block_v, 8, 1))
+    if not hopper:
+        return BackwardLaunch((min(32, block_v), 4, 2), (min(32, block_v), 8, 1), (min(32, block_v), 8, 1))
+    return BackwardLaunch((block_v, 4, 3), (min(32, block_v), 4, 1), (block_v, 8, 1), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
     """Chunks of a slice when num_chunks are too many for one set of buffers of SLICE_BYTES, else 0 (no slices)."""
-    per_chunk = HV * (2 * K * V + CHUNK * (K + CHUNK)) * element_size
+    per_chunk = HV * (2 * K * V + CHUNK * (max(K, 2 * CHUNK) + V)) * element_size
     fitting = max(SLICE_BYTES // per_chunk, 16)
     if num_chunks <= fitting:
         return 0
@@ -112,41 +118,87 @@ def chunk_gated_delta_rule_bwd(
     length = NT if checkpoints is None else slice_chunks(NT, HV, K, V, q.element_size())
     size = max(min(length, NT), 1)
     h, dh = (torch.empty(size, HV, K, V, dtype=q.dtype, device=q.device) for _ in range(2))
-    carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device) if length < NT else None
-    launch = backward_config(q.dtype, K, V)
+    carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device) if size < NT else None
+    launch = backward_config(q.device, q.dtype, K, V)
+    views = _Views(launch.tma and _tma_fits(q, k, v, do))
     shared = {
-        "H": H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK,
+        "H": H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK, "TMA": views.tma,
         "PRECISION": dot_precision(q.dtype),
     }  # fmt: skip
-    starts = range(0, NT, size) if NT else range(1)
+    factors = (prepared.G, prepared.bt, prepared.rq, prepared.rk)
+    gate_strides = (0, 0) if g is None else (g.stride(1), g.stride(2))
     initial_state = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
+    starts = range(0, NT, size) if NT else range(1)
     for index in reversed(range(len(starts))):
         c0 = starts[index]
         c1 = min(c0 + size, NT)
         X, Yt = prepare_products(q, k, prepared, tables, scale=scale, first_chunk=c0, num_chunks=c1 - c0)
-        block, warps, stages = launch.chains
-        chains_kernel[(tables.num_pieces * HV * triton.cdiv(V, block) * 2,)](
-            q, k, v, do, prepared.G, prepared.bt, prepared.rq, prepared.rk, X, Yt, tables.pieces, initial_state,
+        assert Yt is not None
+        bv, warps, stages = launch.chains
+        chains_kernel[(tables.num_pieces * HV * triton.cdiv(V, bv) * 2,)](
+            views.tokens(q, K), views.tokens(k, K), views.tokens(v, bv), views.tokens(do, bv), *factors,
+            views.matrices(X, CHUNK), views.matrices(Yt, CHUNK), tables.pieces, initial_state,
             None if checkpoints is None else checkpoints[index], dht,
             *((None, None) if carries is None else (carries[index % 2], carries[(index + 1) % 2])),
-            h, dh, out.dv, out.dh0, scale, c0, c1, NT, *_strides(q, k, v, do),
-            BV=block, V_FIRST=state_v_first, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
+            views.matrices(h, bv), views.matrices(dh, bv), out.dv, out.dh0, scale, c0, c1, NT, *_strides(q, k, v, do),
+            BV=bv, V_FIRST=state_v_first, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
         )  # fmt: skip
-        del X, Yt  # their memory serves for U
-        block, warps, stages = launch.local
-        if c1 > c0:
-            U = torch.empty(c1 - c0, HV, CHUNK, V, dtype=q.dtype, device=q.device)
-            dG = None if g is None else torch.empty(c1 - c0, HV, CHUNK, dtype=torch.float32, device=q.device)
-            local_gradients_kernel[((c1 - c0) * H,)](
-                q, k, v, do, g, prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag, h, dh, out.dv,
-                A_log, dt_bias, tables.chunks, U, dG, out.dq, out.dk, out.dv, out.dg, out.dbeta, out.dA_log, out.ddt_bias,
-                scale, c0, *_strides(q, k, v, do), *((0, 0) if g is None else (g.stride(1), g.stride(2))),
-                BV=block, GATE=use_gate_in_kernel, SIGMOID=use_beta_sigmoid_in_kernel, STAGES=stages,
-                num_warps=warps, num_stages=stages, **shared,
-            )  # fmt: skip
+        if c1 == c0:
+            continue
+        del X, Yt  # their memory serves for what follows
+        U = torch.empty(c1 - c0, HV, CHUNK, V, dtype=q.dtype, device=q.device)
+        D, F = (torch.empty(c1 - c0, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) for _ in range(2))
+        dG = None if g is None else torch.empty(c1 - c0, HV, CHUNK, dtype=torch.float32, device=q.device)
+        bv, warps, stages = launch.scores
+        scores_kernel[((c1 - c0) * HV,)](
+            views.tokens(q, K), views.tokens(k, K), views.tokens(v, bv), views.tokens(do, bv), *factors,
+            views.matrices(prepared.Ag, CHUNK), views.matrices(h, bv), views.tokens(out.dv, bv), tables.chunks, out.dv,
+            views.matrices(U, bv), views.matrices(D, CHUNK), views.matrices(F, CHUNK), dG, out.dbeta, scale, c0,
+            *_strides(q, k, v, do), BV=bv, SIGMOID=use_beta_sigmoid_in_kernel, STAGES=stages, num_warps=warps,
+            num_stages=stages, **shared,
+        )  # fmt: skip
+        bv, warps, stages = launch.dqk
+        dqk_kernel[((c1 - c0) * H,)](
+            views.tokens(q, K), views.tokens(k, K), views.tokens(do, bv), g, prepared.G, prepared.rq, prepared.rk,
+            views.matrices(h, bv), views.matrices(dh, bv), tables.chunks, views.tokens(out.dv, bv),
+            views.matrices(U, bv), views.matrices(D, CHUNK), views.matrices(F, CHUNK), dG, A_log, dt_bias,
+            out.dq, out.dk, out.dg, out.dA_log, out.ddt_bias, scale, c0, *_strides(q, k, do), *gate_strides,
+            BV=bv, GATE=use_gate_in_kernel, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
+        )  # fmt: skip
     dA_log, ddt_bias = (None if x is None else sum_partials(x) for x in (out.dA_log, out.ddt_bias))
     return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
+
+
+def _tma_fits(*tensors: Tensor) -> bool:
+    """Whether the bulk copy engine can read these: packed heads, head dims that need no padding, 16-byte alignment."""
+    for x in tensors:
+        dim = x.shape[3]
+        packed = not dim & (dim - 1) and x.stride(2) == dim and not x.stride(1) % 8 and not x.data_ptr() % 16
+        if not packed or x.numel() == 0 or x.dtype == torch.float32:
+            return False
+    return True
+
+
+class _Views:
+    """What a kernel is given of a tensor: a descriptor for the bulk copy engine, or the tensor itself."""
+
+    def __init__(self, tma: bool) -> None:
+        self.tma = tma
+
+    def tokens(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
+        """x [B, T, heads, D], read in tiles of 64 rows and `width` columns."""
+        if not self.tma:
+            return x
+        shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
+        return TensorDescriptor(x, shape, [x.stride(1), 1], [CHUNK, width])
+
+    def matrices(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
+        """x [.., R, D] contiguous, read or written in tiles of R rows and `width` columns."""
+        if not self.tma:
+            return x
+        rows, columns = x.shape[-2:]
+        return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
 
 
 def _strides(*tensors: Tensor) -> list[int]:

@@ -59,9 +59,11 @@ def load_state(base, i_v, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV
     """Columns i_v*BV.. of the state at `base`; zero past row K and column V."""
     pointers = base + i_v * (BV * K if V_FIRST else BV) + _state_offsets(K, V, BK, BV, V_FIRST)
     if K % BK == 0 and V % BV == 0:
-        return tl.load(pointers)
-    mask = (tl.arange(0, BK)[:, None] < K) & (i_v * BV + tl.arange(0, BV)[None, :] < V)
-    return tl.load(pointers, mask=mask, other=0.0)
+        tile = tl.load(pointers)
+    else:
+        mask = (tl.arange(0, BK)[:, None] < K) & (i_v * BV + tl.arange(0, BV)[None, :] < V)
+        tile = tl.load(pointers, mask=mask, other=0.0)
+    return tile
 
 
 @triton.jit
@@ -78,33 +80,86 @@ def store_state(
 
 
 @triton.jit
+def token_tile(
+    x, row, i_h, i_d, n_rows, stride_t, stride_h, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr
+):
+    """[C, BD] tile of head i_h of x [rows, heads, D]. With TMA x is a descriptor, and rows past n_rows are whatever
+    follows the sequence in memory: who uses them must make them harmless."""
+    if TMA:
+        tile = x.load([row.to(tl.int32), i_h.to(tl.int32) * D + i_d * BD])
+    else:
+        tile = load_rows(x + row * stride_t + i_h * stride_h, i_d, n_rows, stride_t, D, BD, C)
+    return tile
+
+
+@triton.jit
+def matrix_tile(x, index, i_d, R: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr):
+    """Columns i_d*BD.. of matrix `index` of x [.., R, D], which is a descriptor with TMA."""
+    if TMA:
+        tile = x.load([(index * R).to(tl.int32), i_d * BD])
+    else:
+        tile = load_state(x + index * (R * D), i_d, R, D, BR, BD, False)
+    return tile
+
+
+@triton.jit
+def store_matrix_tile(
+    x, tile, index, i_d, R: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr
+):
+    """The inverse of `matrix_tile`."""
+    if TMA:
+        x.store([(index * R).to(tl.int32), i_d * BD], tile)
+    else:
+        store_state(x + index * (R * D), tile, i_d, R, D, BR, BD, False)
+
+
+@triton.jit
+def _row_factors(G, bt, rq, rk, chunk, hk, hv, wanted, H: tl.constexpr, HV: tl.constexpr, C: tl.constexpr):
+    """(G, G_C, beta, rq, rk) of a chunk's rows; zeros without loading unless `wanted`; rq = rk = 1 without norms."""
+    i_c = tl.arange(0, C)
+    at = (chunk * HV + hv) * C
+    norm_at = (chunk * H + hk) * C + i_c
+    G_i = tl.load(G + at + i_c, mask=wanted, other=0.0)
+    G_last = tl.load(G + at + C - 1, mask=wanted, other=0.0)
+    beta = tl.load(bt + at + i_c, mask=wanted, other=0.0)
+    q_norm = tl.full([C], 1.0, tl.float32)
+    k_norm = tl.full([C], 1.0, tl.float32)
+    if rk is not None:
+        q_norm = tl.load(rq + norm_at, mask=wanted, other=0.0)
+        k_norm = tl.load(rk + norm_at, mask=wanted, other=0.0)
+    return G_i, G_last, beta, q_norm, k_norm
+
+
+@triton.jit
 def _state_chain(
     k, v, G, bt, rk, X, h, S, hk, hv, i_v, first_row, end_row, first, count, c0,
     stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk up from state S through chunks first .. first + count - 1, storing the state before each in h."""
     i_c = tl.arange(0, C)
+    # Row factors are fetched one step ahead into registers: the pipeline prefetches operands of products only.
+    G_i, G_last, beta, _, k_norm = _row_factors(G, bt, rk, rk, first.to(tl.int64), hk, hv, count > 0, H, HV, C)
     for j in tl.range(0, count, num_stages=STAGES):
         chunk = (first + j).to(tl.int64)
-        local = chunk - c0
+        index = (chunk - c0) * HV + hv
         row = (first_row + j * C).to(tl.int64)
         n_rows = end_row - (first_row + j * C)
-        S_b = S.to(h.dtype.element_ty)
-        store_state(h + (local * HV + hv) * (K * V), S_b, i_v, K, V, BK, BV, False)
-        k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
-        v_tile = load_rows(v + row * stride_vt + hv * stride_vh, i_v, n_rows, stride_vt, V, BV, C)
-        x_tile = load_state(X + (local * HV + hv) * (K * C), 0, K, C, BK, C, False)
-        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
-        beta = tl.load(bt + (chunk * HV + hv) * C + i_c)
-        decay = tl.exp(G_i)
-        if rk is not None:
-            decay *= tl.load(rk + (chunk * H + hk) * C + i_c)
-        lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
+        decay = tl.exp(G_i) * k_norm
+        lam = tl.exp(G_last)
+        beta_now = beta
+        G_i, G_last, beta, _, k_norm = _row_factors(G, bt, rk, rk, chunk + 1, hk, hv, j + 1 < count, H, HV, C)
+        k_tile = token_tile(k, row, hk, 0, n_rows, stride_kt, stride_kh, K, BK, C, TMA)
+        v_tile = token_tile(v, row, hv, i_v, n_rows, stride_vt, stride_vh, V, BV, C, TMA)
+        x_tile = matrix_tile(X, index, 0, K, C, BK, C, TMA)
+        S_b = S.to(x_tile.dtype)
+        store_matrix_tile(h, S_b, index, i_v, K, V, BK, BV, TMA)
         R = v_tile.to(tl.float32) - decay[:, None] * tl.dot(k_tile, S_b, input_precision=PRECISION)
-        R = (beta[:, None] * R).to(h.dtype.element_ty)
-        S = tl.dot(x_tile, R, acc=S * lam, input_precision=PRECISION)
+        R = beta_now[:, None] * R
+        if TMA:
+            R = tl.where(i_c[:, None] < n_rows, R, 0.0)
+        S = tl.dot(x_tile, R.to(x_tile.dtype), acc=S * lam, input_precision=PRECISION)
 
 
 @triton.jit
@@ -112,36 +167,35 @@ def _gradient_chain(
     q, k, do, G, bt, rq, rk, X, Yt, dh, M, dS, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk down from gradient dS through chunks first + count - 1 .. first, storing M, and in dh dS after each."""
     i_c = tl.arange(0, C)
+    top = (first + count - 1).to(tl.int64)
+    G_i, G_last, beta, q_norm, k_norm = _row_factors(G, bt, rq, rk, top, hk, hv, count > 0, H, HV, C)
     for step in tl.range(0, count, num_stages=STAGES):
         j = count - 1 - step
         chunk = (first + j).to(tl.int64)
-        local = chunk - c0
+        index = (chunk - c0) * HV + hv
         row = (first_row + j * C).to(tl.int64)
         n_rows = end_row - (first_row + j * C)
-        dS_b = dS.to(dh.dtype.element_ty)
-        store_state(dh + (local * HV + hv) * (K * V), dS_b, i_v, K, V, BK, BV, False)
-        x_tile = load_state(X + (local * HV + hv) * (K * C), 0, K, C, BK, C, False)
-        y_tile = load_state(Yt + (local * HV + hv) * (C * C), 0, C, C, C, C, False)
-        do_tile = load_rows(do + row * stride_ot + hv * stride_oh, i_v, n_rows, stride_ot, V, BV, C)
-        q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
-        k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
-        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
-        gamma = tl.exp(G_i)
-        q_scale = scale * gamma
-        k_scale = -gamma * tl.load(bt + (chunk * HV + hv) * C + i_c)
-        if rk is not None:
-            q_scale *= tl.load(rq + (chunk * H + hk) * C + i_c)
-            k_scale *= tl.load(rk + (chunk * H + hk) * C + i_c)
-        lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
+        # Zero past the end of the sequence: there q and dO may be another sequence's.
+        q_scale = tl.where(i_c < n_rows, scale * tl.exp(G_i) * q_norm, 0.0)
+        k_scale = -tl.exp(G_i) * beta * k_norm
+        lam = tl.exp(G_last)
+        G_i, G_last, beta, q_norm, k_norm = _row_factors(G, bt, rq, rk, chunk - 1, hk, hv, j > 0, H, HV, C)
+        y_tile = matrix_tile(Yt, index, 0, C, C, C, C, TMA)
+        do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
+        x_tile = matrix_tile(X, index, 0, K, C, BK, C, TMA)
+        q_tile = token_tile(q, row, hk, 0, n_rows, stride_qt, stride_qh, K, BK, C, TMA)
+        k_tile = token_tile(k, row, hk, 0, n_rows, stride_kt, stride_kh, K, BK, C, TMA)
+        dS_b = dS.to(x_tile.dtype)
+        store_matrix_tile(dh, dS_b, index, i_v, K, V, BK, BV, TMA)
         M_tile = tl.dot(y_tile, do_tile, input_precision=PRECISION)
         M_tile = tl.dot(tl.trans(x_tile), dS_b, acc=M_tile, input_precision=PRECISION)
-        do_scaled = (do_tile.to(tl.float32) * q_scale[:, None]).to(dh.dtype.element_ty)
+        do_scaled = (do_tile.to(tl.float32) * q_scale[:, None]).to(x_tile.dtype)
         dS = tl.dot(tl.trans(q_tile), do_scaled, acc=dS * lam, input_precision=PRECISION)
-        M_scaled = (M_tile * k_scale[:, None]).to(dh.dtype.element_ty)
+        M_scaled = (M_tile * k_scale[:, None]).to(x_tile.dtype)
         dS = tl.dot(tl.trans(k_tile), M_scaled, acc=dS, input_precision=PRECISION)
         store_rows(M + (row * HV + hv) * V, M_tile, i_v, n_rows, HV * V, V, BV, C)
     return dS
@@ -149,10 +203,10 @@ def _gradient_chain(
 
 @triton.jit(do_not_specialize=["c0", "c1", "total_chunks"])
 def chains_kernel(
-    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, initial_state, checkpoint, dht, carry_in, carry_out, h, dh, M, dh0,
-    scale, c0, c1, total_chunks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, initial_state, checkpoint, dht, carry_in, carry_out,
+    h, dh, M, dh0, scale, c0, c1, total_chunks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, V_FIRST: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one direction (program id odd: gradients), BV columns of the state, one value head, one piece.
 
@@ -166,7 +220,7 @@ def chains_kernel(
     NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     is_gradient = pid % 2
-    i_v = ((pid // 2) % NV).to(tl.int64)
+    i_v = (pid // 2) % NV
     hv = ((pid // (2 * NV)) % HV).to(tl.int64)
     piece = pieces + (pid // (2 * NV * HV)) * 8
     seq = tl.load(piece)
@@ -192,7 +246,7 @@ def chains_kernel(
                     state = load_state(checkpoint + own_at, i_v, K, V, BK, BV, False)
             _state_chain(
                 k, v, G, bt, rk, X, h, state, hk, hv, i_v, first_row, end_row, first, count, c0,
-                stride_kt, stride_kh, stride_vt, stride_vh, H, HV, K, V, BK, BV, C, PRECISION, STAGES,
+                stride_kt, stride_kh, stride_vt, stride_vh, H, HV, K, V, BK, BV, C, TMA, PRECISION, STAGES,
             )  # fmt: skip
         else:
             if dht is not None:
@@ -203,7 +257,7 @@ def chains_kernel(
             state = _gradient_chain(
                 q, k, do, G, bt, rq, rk, X, Yt, dh, M, state, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
-                H, HV, K, V, BK, BV, C, PRECISION, STAGES,
+                H, HV, K, V, BK, BV, C, TMA, PRECISION, STAGES,
             )  # fmt: skip
             if carry_out is not None:
                 if piece_first < c0:
