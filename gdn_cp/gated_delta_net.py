@@ -3,6 +3,9 @@
     in_proj -> all-to-all of q, k, v, beta, alpha -> conv + SiLU -> delta rule -> all-to-all back
             -> RMSNorm gated by z -> out_proj
 
+The all-to-all joins groups of `a2a_size` ranks. Where these are not all ranks, a group holds segments of sequences, and
+the convolution's halo and the rule's states pass between groups (`gdn_cp.state_passing`).
+
 z never travels: the gated norm is per token and head, so it runs where z already is. Every stage is the identity when
 it has nothing to do. The layer is that of Gated Delta Networks (arXiv:2412.06464) with the sections, the initialisation
 and the gated norm of Qwen3-Next.
@@ -23,10 +26,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdn_cp.comm.all_to_all import cp_to_hp, hp_to_cp
+from gdn_cp.comm.groups import CpGroups, cp_groups
 from gdn_cp.comm.layout import ThdLayout
-from gdn_cp.kernels.chunk import chunk_gated_delta_rule
 from gdn_cp.kernels.conv1d import causal_conv1d
 from gdn_cp.kernels.norm import gated_rms_norm
+from gdn_cp.kernels.segments import RuleOptions, TokenInputs, run_rule
+from gdn_cp.state_passing import convolve_segments, state_passing_delta_rule
 
 A_INIT_RANGE = (0.01, 16.0)  # as Qwen3-Next; the lower end keeps log(A) finite
 
@@ -79,7 +84,7 @@ class GdnDims:
             if getattr(self, name) % a2a_size:
                 raise ValueError(
                     f"{name}={getattr(self, name)} (of this tensor-parallel rank) is not divisible by "
-                    f"a2a_size={a2a_size}: choose a context- or tensor-parallel size that divides the heads"
+                    f"a2a_size={a2a_size}: choose an a2a_size that divides the heads (1 always does)"
                 )
         return replace(self, num_k_heads=self.num_k_heads // a2a_size, num_v_heads=self.num_v_heads // a2a_size)
 
@@ -116,7 +121,9 @@ def gated_delta_net_mixer(
         out_norm_weight: [V].
         layout: which rows this rank holds. None: one unpadded sequence on one rank.
         group: the context-parallel group; None: one rank.
-        a2a_size: ranks that trade heads for tokens; only the group's size (the default) is available.
+        a2a_size: ranks that trade heads for tokens, a divisor of the group's size; None for all of the group. With
+            less, groups of a2a_size neighbours pass states to each other; the first call with 1 < a2a_size < size
+            makes process groups, see `gdn_cp.comm.groups.cp_groups`.
         norm_eps: epsilon of the gated RMSNorm.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
 
@@ -134,7 +141,8 @@ def gated_delta_net_mixer(
     rank = 0 if group is None else group.rank()
     a2a_size = _check_call(projected, dims, layout, size, a2a_size)
     _check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
-    heads = dims.per_rank(a2a_size)
+    heads, head_index = dims.per_rank(a2a_size), rank % a2a_size
+    groups = None if group is None or a2a_size == size else cp_groups(group, a2a_size)
 
     padding = None if layout is None else layout.local_padding(rank)
     if padding is not None:
@@ -149,11 +157,12 @@ def gated_delta_net_mixer(
         beta,
         alpha,
         heads,
-        conv1d_weight=_of_this_rank(conv1d_weight, qkv_widths, rank, a2a_size),
-        conv1d_bias=None if conv1d_bias is None else _of_this_rank(conv1d_bias, qkv_widths, rank, a2a_size),
-        A_log=_of_this_rank(A_log, (dims.num_v_heads,), rank, a2a_size),
-        dt_bias=_of_this_rank(dt_bias, (dims.num_v_heads,), rank, a2a_size),
-        cu_seqlens=None if layout is None else layout.cu_seqlens_tensor(),
+        conv1d_weight=_of_this_rank(conv1d_weight, qkv_widths, head_index, a2a_size),
+        conv1d_bias=None if conv1d_bias is None else _of_this_rank(conv1d_bias, qkv_widths, head_index, a2a_size),
+        A_log=_of_this_rank(A_log, (dims.num_v_heads,), head_index, a2a_size),
+        dt_bias=_of_this_rank(dt_bias, (dims.num_v_heads,), head_index, a2a_size),
+        layout=layout,
+        groups=groups,
         backend=backend,
     )
     o_cp = o_hp if layout is None else hp_to_cp(o_hp, layout, group, a2a_size=a2a_size)
@@ -174,40 +183,51 @@ def _mix_sequences(
     conv1d_bias: Tensor | None,
     A_log: Tensor,
     dt_bias: Tensor,
-    cu_seqlens: Tensor | None,
+    layout: ThdLayout | None,
+    groups: CpGroups | None,
     backend: str | None,
 ) -> Tensor:
-    """Convolution and delta rule over whole sequences of this rank's heads: [T, ...] -> [T, HV*V].
+    """Convolution and delta rule along sequences for this rank's heads: [rows, ...] -> [rows, HV*V].
 
-    What recurs along a sequence stands here and nowhere else, so this is where a cut inside a sequence is to be mended:
-    boundary rows before the convolution, an initial state per segment before the rule.
+    The rows are whole sequences, or with `groups` the segments of this rank's group, which others continue.
     """
-    qkv = causal_conv1d(qkv, conv1d_weight, conv1d_bias, cu_seqlens=cu_seqlens, activation="silu")
+    cu_seqlens = None if layout is None else layout.cu_seqlens_tensor()
+    if groups is None:
+        qkv = causal_conv1d(qkv, conv1d_weight, conv1d_bias, cu_seqlens=cu_seqlens, activation="silu")
+    else:
+        assert layout is not None
+        qkv = convolve_segments(qkv, conv1d_weight, conv1d_bias, layout, groups, activation="silu")
     q, k, v = qkv.split(heads.sections[:3], dim=1)
-    o, _ = chunk_gated_delta_rule(
-        q.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
-        k.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
-        v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0),
+    inputs = TokenInputs(
+        q=q.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
+        k=k.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
+        v=v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0),
         g=alpha.unsqueeze(0),
         beta=beta.unsqueeze(0),
-        use_qk_l2norm_in_kernel=True,
-        use_gate_in_kernel=True,
         A_log=A_log,
         dt_bias=dt_bias,
+    )
+    options = RuleOptions(
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
         use_beta_sigmoid_in_kernel=True,
-        cu_seqlens=cu_seqlens,
         backend=backend,
     )
+    if groups is None:
+        o, _ = run_rule(inputs, options, cu_seqlens)
+    else:
+        assert layout is not None
+        o = state_passing_delta_rule(inputs, options, layout, groups)
     return o.squeeze(0).flatten(1)
 
 
-def _of_this_rank(parameter: Tensor, sections: Sequence[int], rank: int, size: int) -> Tensor:
-    """This rank's share of each section of dim 0, side by side; autograd leaves zeros for the other ranks' heads."""
+def _of_this_rank(parameter: Tensor, sections: Sequence[int], index: int, size: int) -> Tensor:
+    """The index-th of `size` shares of each section of dim 0, side by side; autograd leaves zeros for the others."""
     if size == 1:
         return parameter
     shares = [width // size for width in sections]
     parts = parameter.split(tuple(sections))
-    return torch.cat([part.narrow(0, rank * share, share) for part, share in zip(parts, shares, strict=True)])
+    return torch.cat([part.narrow(0, index * share, share) for part, share in zip(parts, shares, strict=True)])
 
 
 def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size: int, a2a_size: int | None) -> int:
@@ -238,14 +258,14 @@ def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size
                 f"layout is on {layout.cu_seqlens_tensor().device} but projected on {projected.device}: "
                 "use layout.to(device) once per batch"
             )
-    if a2a_size is None or a2a_size == size:
+    if a2a_size is None:
         return size
     if a2a_size < 1 or size % a2a_size:
-        raise ValueError(f"a2a_size={a2a_size} does not divide the context-parallel size {size}")
-    raise ValueError(
-        f"a2a_size={a2a_size} below the context-parallel size {size} needs state passing, which is not available in "
-        f"this version: use a2a_size=cp_size={size}"
-    )
+        divisors = [d for d in range(1, size + 1) if size % d == 0]
+        raise ValueError(
+            f"a2a_size={a2a_size} does not divide the context-parallel size {size}: choose one of {divisors}"
+        )
+    return a2a_size
 
 
 def _check_parameters(

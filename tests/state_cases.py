@@ -15,7 +15,8 @@ Case = tuple[str, list[int], int]
 """Layout kind ("zigzag", "contiguous", or "batched" for contiguous cuts of each sequence), boundaries, a2a_size."""
 
 
-# A few worlds of many random cases each. A failure names its case, so it need not be made smaller by more worlds.
+# A few worlds of many random cases each, of which Hypothesis makes the first a trivial one. A failure names its case, so
+# it need not be made smaller by more worlds.
 few_worlds = settings(max_examples=3, deadline=None, phases=[Phase.generate])
 
 

@@ -9,7 +9,11 @@ Example, P = 2, zigzag, one sequence of 4 rows, columns a b; what each rank hold
     cp   rank 0: 0a 0b | 3a 3b     rank 1: 1a 1b | 2a 2b
     hp   rank 0: 0a 1a 2a 3a       rank 1: 0b 1b 2b 3b
 
-Dimensions: P = cp_size ranks, T tokens of the batch (padded rows included), t = T/P local rows, D columns.
+With `a2a_size` = a < cp_size the exchange is that of a group of a neighbours: all rows then means all that the group
+holds, in the order of its segments (`ThdLayout.segments`), and states have to pass between the groups.
+
+Dimensions: P = cp_size ranks, a = a2a_size of them exchange, T tokens of the batch (padded rows included), t = T/P
+local rows, D columns.
 """
 
 from __future__ import annotations
@@ -24,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdn_cp.comm import packing
-from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.groups import check_a2a_size, cp_groups
+from gdn_cp.comm.layout import SegmentTable, ThdLayout
 
 Section = int | Sequence[int]
 """A section's width over all ranks, or several widths that remain one tensor, divided width by width."""
@@ -88,12 +93,14 @@ def cp_to_hp(
             and the result is a tuple with one tensor each. An entry that is a tuple of widths gives one tensor with
             several sections side by side, as q|k|v stay together for a convolution. For a sequence of tensors, one
             such entry for each. Widths count heads for a tensor [t, heads, dim]. Without, a tensor is one section.
-        a2a_size: ranks per all-to-all; only None or `layout.cp_size` in this version.
+        a2a_size: ranks per all-to-all, a divisor of `layout.cp_size`; None for all. Ranks [g*a, (g+1)*a) exchange.
+            With 1 < a < cp_size the first call makes process groups, see `gdn_cp.comm.groups.cp_groups`.
 
-    Returns [T, D/P] or [T, heads/P, dim], rows in natural order: columns r*D_i/P to (r+1)*D_i/P of every section i for
-    rank r. A tuple if x is a sequence or has sections. On one rank nothing is copied: the results are x or views of it.
+    Returns [a*t, D/a] or [a*t, heads/a, dim]: columns i*D_j/a to (i+1)*D_j/a of every section j for rank r, i = r % a;
+    rows in the order of `layout.segments(a, r // a)`, which with a = cp_size is the natural order. A tuple if x is a
+    sequence or has sections. With a = 1 nothing is copied: the results are x or views of it.
 
-    Raises ValueError (TypeError for wrong types) before any communication for a column count that P does not divide, a
+    Raises ValueError (TypeError for wrong types) before any communication for a column count that a does not divide, a
     wrong row count, dtype, device, group or a2a_size.
 
     Differentiable: one all-to-all forward, one (of the gradients) backward, on every rank of the group.
@@ -138,7 +145,7 @@ def hp_to_cp(
 ) -> Tensor | tuple[Tensor, ...]:
     """Trade "my columns of all rows" for "all columns of my rows": the inverse of `cp_to_hp`.
 
-    Arguments, errors and gradients as there, except that x is [T, D/P] or [T, heads/P, dim] with rows in natural order.
+    Arguments, errors and gradients as there, except that x is [a*t, D/a] or [a*t, heads/a, dim], rows as it gives them.
     `sections` still counts widths over all ranks, so both directions take the same tuple:
     `hp_to_cp(cp_to_hp(x, layout, group, sections=s), layout, group, sections=s)` gives `x.split(s, 1)`.
 
@@ -154,17 +161,17 @@ _CP_TO_HP, _HP_TO_CP = "cp_to_hp", "hp_to_cp"
 class _Exchange:
     """What one exchange needs besides the tensors; kept for the backward instead of any activation."""
 
-    layout: ThdLayout
+    table: SegmentTable
     group: dist.ProcessGroup
     widths: packing.Widths
 
     def run(self, direction: str, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Convert tensors [rows, columns]; exactly one collective."""
-        ranks = self.layout.cp_size
+        ranks = self.table.a2a_size
         if direction == _CP_TO_HP:
             received = _all_to_all(packing.pack_cp(tensors, self.widths, ranks), self.group)
-            return packing.unpack_hp(received, self.widths, ranks, self.layout.to_natural)
-        sent = packing.pack_hp(tensors, self.widths, ranks, self.layout.to_rank_major)
+            return packing.unpack_hp(received, self.widths, ranks, self.table.to_natural)
+        sent = packing.pack_hp(tensors, self.widths, ranks, self.table.to_rank_major)
         return packing.unpack_cp(_all_to_all(sent, self.group), self.widths, ranks)
 
 
@@ -198,20 +205,21 @@ def _convert(
     sections: Sequence[Section] | None,
     a2a_size: int | None,
 ) -> Any:
-    _check_group(layout, group, a2a_size)
-    tensors = _check_tensors(direction, x, layout)
-    ranks = layout.cp_size
+    ranks = _check_group(layout, group, a2a_size)
+    tensors = _check_tensors(direction, x, layout, ranks)
     scale = 1 if direction == _CP_TO_HP else ranks
     widths = _check_widths([tensor.shape[1] * scale for tensor in tensors], sections, isinstance(x, Tensor), ranks)
     if isinstance(x, Tensor) and sections is not None:
         tensors = list(x.split([sum(entry) // scale for entry in widths], dim=1))
     if group is None or ranks == 1:
-        results = tensors  # one rank's local order is the natural order, whatever the layout
+        results = tensors  # one rank's local order is that of its segments, whatever the layout
     else:
         flat = [tensor.flatten(1) for tensor in tensors]
         per_head = [tensor.shape[2:].numel() for tensor in tensors]
         columns = tuple(tuple(w * n for w in entry) for entry, n in zip(widths, per_head, strict=True))
-        exchange = _Exchange(layout, group, columns)
+        groups = cp_groups(group, ranks)
+        assert groups.a2a is not None
+        exchange = _Exchange(layout.segments(ranks, groups.group_index), groups.a2a, columns)
         flat = _Convert.apply(direction, exchange, *flat)
         results = [
             y.unflatten(1, (-1, *tensor.shape[2:])) if tensor.ndim > 2 else y
@@ -220,29 +228,31 @@ def _convert(
     return results[0] if isinstance(x, Tensor) and sections is None else tuple(results)
 
 
-def _check_group(layout: ThdLayout, group: dist.ProcessGroup | None, a2a_size: int | None) -> None:
+def _check_group(layout: ThdLayout, group: dist.ProcessGroup | None, a2a_size: int | None) -> int:
+    """Refuse a group or a2a_size that does not fit the layout; return the resolved a2a_size."""
     if not isinstance(layout, ThdLayout):
         raise TypeError(f"layout: expected a gdn_cp.ThdLayout, got {type(layout).__name__}")
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group: expected a process group or None, got {group!r} (is this rank a member of it?)")
-    if a2a_size not in (None, layout.cp_size):
-        raise ValueError(
-            f"a2a_size: got {a2a_size}; state passing between groups is not available yet in this version, "
-            f"choose a2a_size=cp_size = {layout.cp_size}"
-        )
+    ranks = layout.cp_size if a2a_size is None else check_a2a_size(a2a_size, layout.cp_size)
     size = 1 if group is None else group.size()
     if size != layout.cp_size:
         raise ValueError(
             f"group: has {size} rank(s){' (None)' if group is None else ''}, but the layout was built for "
             f"cp_size = {layout.cp_size}; pass the group that holds the batch, or build the layout for this group"
         )
+    return ranks
 
 
-def _check_tensors(direction: str, x: Tensor | Sequence[Tensor], layout: ThdLayout) -> list[Tensor]:
+def _check_tensors(direction: str, x: Tensor | Sequence[Tensor], layout: ThdLayout, ranks: int) -> list[Tensor]:
     tensors = [x] if isinstance(x, Tensor) else list(x)
     if not tensors:
         raise ValueError("x: got no tensors; pass at least one")
-    rows, owner = (layout.t_local, "this rank's") if direction == _CP_TO_HP else (layout.t_global, "the whole batch's")
+    if direction == _CP_TO_HP:
+        rows, owner = layout.t_local, "this rank's"
+    else:
+        rows = ranks * layout.t_local
+        owner = "the whole batch's" if ranks == layout.cp_size else f"all rows of {ranks} neighbours,"
     for index, tensor in enumerate(tensors):
         name = "x" if isinstance(x, Tensor) else f"x[{index}]"
         if not isinstance(tensor, Tensor):
@@ -301,6 +311,6 @@ def _check_widths(
                 named = "x: has" if sections is None else f"sections: {tuple(sections)} has"
                 raise ValueError(
                     f"{named} a section of {width} columns, not divisible by the group's {ranks} ranks; "
-                    "the number of heads must be a multiple of cp_size"
+                    "the number of heads must be a multiple of a2a_size"
                 )
     return widths

@@ -68,8 +68,8 @@ def cp_groups(group: dist.ProcessGroup, a2a_size: int) -> CpGroups:
     it, in the same order relative to the other groups that they make. It creates two groups with
     `new_group(..., use_local_synchronization=True)`, so ranks outside `group` need not take part; PyTorch then asks
     that the ranks of `group` are members of equally many groups. Later calls for the pair, and calls for the sizes 1
-    and all, communicate nothing. The groups end with the process (`dist.destroy_process_group()`), the note of them with
-    `group`, to which it holds a weak reference. Call once before capturing a CUDA graph.
+    and all, communicate nothing. The groups end with `dist.destroy_process_group()`; `group` itself is not kept alive.
+    Call once before capturing a CUDA graph.
 
     Raises ValueError, before any collective, if a2a_size does not divide the group's size.
     """

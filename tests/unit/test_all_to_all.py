@@ -247,7 +247,7 @@ def refused_calls(rank: int, world: int) -> dict[str, str]:
         "group_too_small": lambda: cp_to_hp(x, ThdLayout.zigzag([0, 16], 4), group),
         "group_not_member": lambda: cp_to_hp(x, made, dist.GroupMember.NON_GROUP_MEMBER if rank else 3),  # type: ignore[arg-type]
         "layout": lambda: cp_to_hp(x, [0, 8, 24], group),  # type: ignore[arg-type]
-        "a2a_size": lambda: cp_to_hp(x, made, group, a2a_size=1),
+        "a2a_size": lambda: cp_to_hp(x, made, group, a2a_size=3),
     }
     del pair
     messages = {}
@@ -283,7 +283,7 @@ MESSAGES = {
     "group_too_small": "ValueError: group: has 2 rank(s), but the layout was built for cp_size = 4",
     "group_not_member": "TypeError: group: expected a process group or None, got",
     "layout": "TypeError: layout: expected a gdn_cp.ThdLayout, got list",
-    "a2a_size": "ValueError: a2a_size: got 1; state passing between groups is not available yet in this version",
+    "a2a_size": "ValueError: a2a_size: got 3; it must divide cp_size = 2: one of [1, 2]",
     "good": "True",
 }
 
