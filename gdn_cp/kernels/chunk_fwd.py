@@ -21,6 +21,8 @@ NT chunks (bound), NP pieces (bound).
 from __future__ import annotations
 
 # ruff: noqa: SIM102, SIM108  (an if on a tl.constexpr is decided when the kernel is compiled, `and` or a ternary is not)
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gdn_cp.kernels.chunk_prepare import Prepared
 from gdn_cp.kernels.configs import ChainLaunch, chain_config
 from gdn_cp.kernels.tables import ChunkTables
+
+if TYPE_CHECKING:
+    from gdn_cp.kernels.compile_report import CompileCase
 
 
 @triton.jit
@@ -131,6 +136,8 @@ def _chain_kernel(
         if TMA:
             k = k_ptr.load([first, (h * K).to(tl.int32)])
             v = v_ptr.load([first, hv * V + block * BV])
+            if SUMMARY:
+                v = tl.where(e[None, :] < V, v, 0.0)  # what lies beyond is another head's
             X = X_ptr.load([(part * K).to(tl.int32), 0])
         else:
             k = tl.load(k_tile, mask=valid & qk_mask, other=0.0)
@@ -180,11 +187,13 @@ def _chain_kernel(
 def _merge_kernel(
     sums_ptr, starts_ptr, pieces_ptr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (first piece p of a sequence, value head, BV columns): the state at the start of each further piece.
 
-    Pieces are taken in order, S := S_ext + M S. S goes through its place in `starts`, from where the product reads it
-    by BR rows; the barrier makes what all threads wrote visible to each.
+    Pieces are taken in order, S := S_ext + M S in float32. S goes through its place in `starts`, from where the product
+    reads it by BR rows, so that few registers hold operands; the barrier lets every thread see what all have written.
+    The last piece of a sequence has no summary, and none is read.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -202,13 +211,13 @@ def _merge_kernel(
     tile = d[:, None] * width + e[None, :]
     S = tl.load(sums_ptr + (p * HV + hv) * (K * width) + tile, mask=mask & (left > 0), other=0.0)
     for step in range(1, left + 1):
+        sums = sums_ptr + ((p + step) * HV + hv) * (K * width)
+        S_ext = tl.load(sums + tile, mask=mask & (step < left), other=0.0)
         start = starts_ptr + ((p + step) * HV + hv) * (K * V)
         tl.store(start + d[:, None] * V + e[None, :], S, mask=mask)
         tl.debug_barrier()
-        # The last piece of a sequence has no summary; nothing reads the sum that its absence spoils.
-        sums = sums_ptr + ((p + step) * HV + hv) * (K * width)
-        S = tl.load(sums + tile, mask=mask & (step < left), other=0.0)
-        for first in range(0, K, BR):
+        S = S_ext
+        for first in tl.range(0, K, BR, num_stages=STAGES):
             M = tl.load(
                 sums + d[:, None] * width + (V + first + r)[None, :],
                 mask=(d[:, None] < K) & (first + r[None, :] < K) & (step < left),
@@ -286,10 +295,10 @@ class _Walk:
         sums = torch.empty(NP, HV, K, V + K, dtype=torch.float32, device=self.device)
         starts = torch.empty(NP, HV, K, V, dtype=torch.float32, device=self.device)
         self.launch(sums=sums)
-        block_v = 16
+        block_v = 8
         _merge_kernel[(NP * HV * triton.cdiv(V, block_v),)](
             sums, starts, self.tables.pieces, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=block_v,
-            BR=min(32, triton.next_power_of_2(K)), num_warps=8, num_stages=1,
+            BR=min(32, triton.next_power_of_2(K)), STAGES=4, num_warps=8, num_stages=4,
         )  # fmt: skip
         return starts
 
@@ -323,3 +332,50 @@ def chain_forward(
         starts = walk.piece_states() if tables.num_pieces > N else None
         walk.launch(starts=starts, o=o, final=final)
     return o, final
+
+
+def compile_cases() -> list[CompileCase]:
+    """The walk and its summary at Qwen3-Next's heads in bfloat16 for both block widths, head dim 64, and the merge."""
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    cases = [
+        _chain_case("bf16", 128, 64, False, True),
+        _chain_case("bf16", 128, 32, False, True),
+        _chain_case("bf16", 128, 64, True, True),
+        _chain_case("bf16", 64, 64, False, True),
+        _chain_case("bf16", 256, 16, False, False),
+        _chain_case("fp32", 64, 16, False, False),
+    ]
+    merge = {"HV": 4, "K": 128, "V": 128, "BK": 128, "BV": 8, "BR": 32, "STAGES": 4}
+    pointers = {"sums_ptr": "*fp32", "starts_ptr": "*fp32", "pieces_ptr": "*i32"}
+    return [*cases, CompileCase("chunk_fwd.merge/K128", _merge_kernel, pointers, merge, num_warps=8, num_stages=4)]
+
+
+def _chain_case(kind: str, dim: int, block_v: int, summary: bool, main: bool) -> CompileCase:
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    launch = ChainLaunch("ieee", 16, 4, 1) if kind == "fp32" else ChainLaunch(block_v=block_v, num_stages=3, tma=True)
+    if dim > 128:
+        launch = ChainLaunch(block_v=block_v, num_stages=2, tma=True)
+    blocks = {"q_ptr": [64, dim], "k_ptr": [64, dim], "v_ptr": [64, block_v], "X_ptr": [dim, 64], "Yt_ptr": [64, 64]}
+    tiles = {name: f"tensordesc<{kind}{block}>" if launch.tma else f"*{kind}" for name, block in blocks.items()}
+    floats = dict.fromkeys(("G_ptr", "bt_ptr", "rq_ptr", "rk_ptr", "final_ptr", "initial_ptr", "sums_ptr"), "*fp32")
+    strides = ("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh")
+    return CompileCase(
+        name=f"chunk_fwd.{'summary' if summary else 'chain'}/{kind}/K{dim}/BV{block_v}",
+        kernel=_chain_kernel,
+        signature=tiles
+        | floats
+        | {"o_ptr": f"*{kind}", "pieces_ptr": "*i32", "scale": "fp32"}
+        | dict.fromkeys(strides, "i32"),
+        constexprs={
+            "starts_ptr": None, "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "BV": block_v, "STATE_K": dim,
+            "STATE_V": 1, "NORM": True, "HAS_INITIAL": True, "HAS_STARTS": False, "STORE_FINAL": not summary,
+            "SUMMARY": summary, "TMA": launch.tma, "DOT": launch.precision, "STAGES": launch.num_stages,
+        },
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        divisible=strides,
+        main=main,
+        spills_allowed=kind == "fp32",  # without tensor cores the products are unrolled
+    )  # fmt: skip

@@ -22,6 +22,7 @@ NT chunks (bound).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -30,6 +31,9 @@ from torch import Tensor
 
 from gdn_cp.kernels.configs import Launch, prepare_config
 from gdn_cp.kernels.tables import CHUNK, ChunkTables
+
+if TYPE_CHECKING:
+    from gdn_cp.kernels.compile_report import CompileCase
 
 NORM_EPS = 1e-6
 
@@ -74,15 +78,23 @@ def _decayed(kk, beta, rk_i, rk_j, G_i, G_j, DIAGONAL: tl.constexpr):
 
 
 @triton.jit
-def _invert_unit_lower(N):
-    """(I + N)^-1 of a strictly lower 16 x 16 block: column j goes by subtracting N[:, j] times the finished row j."""
-    rows = tl.arange(0, 16)
-    A = tl.where(rows[:, None] == rows[None, :], 1.0, 0.0)
+def _invert_unit_lower(N0, N1, N2, N3):
+    """(I + N)^-1 of four strictly lower 16 x 16 blocks: column j goes by subtracting N[:, j] times the finished row j.
+
+    The four are joined into one tensor [16, 16, 2, 2], so that their chains of dependent steps run side by side.
+    """
+    N = tl.join(tl.join(N0, N2), tl.join(N1, N3))
+    rows = tl.arange(0, 16)[:, None, None, None]
+    columns = tl.arange(0, 16)[None, :, None, None]
+    A = tl.zeros_like(N) + tl.where(rows == columns, 1.0, 0.0)
     for j in tl.static_range(0, 15):
-        column = tl.sum(tl.where(rows[None, :] == j, N, 0.0), 1)
-        row = tl.sum(tl.where(rows[:, None] == j, A, 0.0), 0)
-        A -= column[:, None] * row[None, :]
-    return A
+        column = tl.sum(tl.where(columns == j, N, 0.0), 1)
+        row = tl.sum(tl.where(rows == j, A, 0.0), 0)
+        A -= column[:, None, :, :] * row[None, :, :, :]
+    even, odd = tl.split(A)
+    A0, A2 = tl.split(even)
+    A1, A3 = tl.split(odd)
+    return A0, A1, A2, A3
 
 
 @triton.jit
@@ -112,7 +124,10 @@ def _load_gate(
 
 
 @triton.jit
-def _inverse_norm(square, first: tl.constexpr, length, EPS: tl.constexpr):
+def _inverse_norm(kk, first: tl.constexpr, length, EPS: tl.constexpr):
+    """1 / |k| of rows first .. first + 15, whose squares are the diagonal of their block of K K^T."""
+    i = tl.arange(0, 16)
+    square = tl.sum(tl.where(i[:, None] == i[None, :], kk, 0.0), 1)
     return tl.where(first + tl.arange(0, 16) < length, 1.0 / tl.sqrt_rn(square + EPS), 0.0)
 
 
@@ -155,10 +170,6 @@ def _solve_kernel(
     kk31 = tl.zeros((16, 16), tl.float32)
     kk32 = tl.zeros((16, 16), tl.float32)
     kk33 = tl.zeros((16, 16), tl.float32)
-    square0 = tl.zeros((16,), tl.float32)
-    square1 = tl.zeros((16,), tl.float32)
-    square2 = tl.zeros((16,), tl.float32)
-    square3 = tl.zeros((16,), tl.float32)
     k_base = k_ptr + row * stride_kt + h.to(tl.int64) * stride_kh
     for start in tl.static_range(0, K, BK):
         d = start + tl.arange(0, BK)
@@ -178,11 +189,6 @@ def _solve_kernel(
         kk31 = tl.dot(k3, tl.trans(k1), kk31, input_precision=DOT)
         kk32 = tl.dot(k3, tl.trans(k2), kk32, input_precision=DOT)
         kk33 = tl.dot(k3, tl.trans(k3), kk33, input_precision=DOT)
-        if NORM:
-            square0 += tl.sum(k0.to(tl.float32) * k0.to(tl.float32), 1)
-            square1 += tl.sum(k1.to(tl.float32) * k1.to(tl.float32), 1)
-            square2 += tl.sum(k2.to(tl.float32) * k2.to(tl.float32), 1)
-            square3 += tl.sum(k3.to(tl.float32) * k3.to(tl.float32), 1)
 
     a_log = 0.0
     dt_bias = 0.0
@@ -223,10 +229,10 @@ def _solve_kernel(
     one = tl.full((16,), 1.0, tl.float32)
     rk0, rk1, rk2, rk3 = one, one, one, one
     if NORM:
-        rk0 = _inverse_norm(square0, 0, length, EPS)
-        rk1 = _inverse_norm(square1, 16, length, EPS)
-        rk2 = _inverse_norm(square2, 32, length, EPS)
-        rk3 = _inverse_norm(square3, 48, length, EPS)
+        rk0 = _inverse_norm(kk00, 0, length, EPS)
+        rk1 = _inverse_norm(kk11, 16, length, EPS)
+        rk2 = _inverse_norm(kk22, 32, length, EPS)
+        rk3 = _inverse_norm(kk33, 48, length, EPS)
         if hv % (HV // H) == 0:
             norms = rk_ptr + (c * H + h) * 64 + i
             tl.store(norms, rk0)
@@ -234,10 +240,9 @@ def _solve_kernel(
             tl.store(norms + 32, rk2)
             tl.store(norms + 48, rk3)
 
-    A00 = _invert_unit_lower(_decayed(kk00, beta0, rk0, rk0, G0, G0, True))
-    A11 = _invert_unit_lower(_decayed(kk11, beta1, rk1, rk1, G1, G1, True))
-    A22 = _invert_unit_lower(_decayed(kk22, beta2, rk2, rk2, G2, G2, True))
-    A33 = _invert_unit_lower(_decayed(kk33, beta3, rk3, rk3, G3, G3, True))
+    A00, A11, A22, A33 = _invert_unit_lower(
+        _decayed(kk00, beta0, rk0, rk0, G0, G0, True), _decayed(kk11, beta1, rk1, rk1, G1, G1, True),
+        _decayed(kk22, beta2, rk2, rk2, G2, G2, True), _decayed(kk33, beta3, rk3, rk3, G3, G3, True))  # fmt: skip
     N10 = _decayed(kk10, beta1, rk1, rk0, G1, G0, False)
     N21 = _decayed(kk21, beta2, rk2, rk1, G2, G1, False)
     N32 = _decayed(kk32, beta3, rk3, rk2, G3, G2, False)
@@ -417,3 +422,52 @@ def _products(
             num_warps=launch.products_warps, num_stages=launch.products_stages,
         )  # fmt: skip
     return X, Yt
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both kernels at Qwen3-Next's heads in bfloat16 and at head dim 64; float32, which nobody trains with, beside."""
+    cases = []
+    for kind, dim, main in (("bf16", 128, True), ("bf16", 64, True), ("bf16", 256, False), ("fp32", 64, False)):
+        cases += _cases_for(kind, dim, main)
+    return cases
+
+
+def _cases_for(kind: str, K: int, main: bool) -> list[CompileCase]:
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    launch = prepare_config(torch.device("cpu"), torch.float32 if kind == "fp32" else torch.bfloat16, K)
+    tile, floats = f"*{kind}", "*fp32"
+    strides = ("stride_kt", "stride_kh", "stride_gt", "stride_bt")
+    heads = {"H": 16, "HV": 32, "K": K, "EPS": NORM_EPS, "NORM": True, "DOT": launch.precision}
+    switches = {"HAS_G": True, "HAS_BETA": True, "GATE": True, "HAS_BIAS": True, "SIGMOID": True}
+    solve = {"k_ptr": tile, "g_ptr": tile, "beta_ptr": tile, "A_log_ptr": floats, "dt_bias_ptr": floats}
+    solve |= {"chunks_ptr": "*i32", "G_ptr": floats, "bt_ptr": floats, "rk_ptr": floats, "Ag_ptr": tile}
+    products = {"q_ptr": tile, "k_ptr": tile, "G_ptr": floats, "rq_ptr": floats, "rk_ptr": floats, "Ag_ptr": tile}
+    products |= {"chunks_ptr": "*i32", "X_ptr": tile, "Yt_ptr": tile, "first_chunk": "i32", "scale": "fp32"}
+    product_strides = ("stride_qt", "stride_qh", "stride_kt", "stride_kh")
+    return [
+        CompileCase(
+            name=f"chunk_prepare.solve/{kind}/K{K}",
+            kernel=_solve_kernel,
+            signature=solve | {"n_programs": "i32"} | dict.fromkeys(strides, "i32"),
+            constexprs=heads
+            | switches
+            | {"BK": min(K, launch.solve_block), "PRECISION": launch.solve_precision, "stride_gh": 1, "stride_bh": 1},
+            num_warps=launch.solve_warps,
+            num_stages=1,
+            divisible=strides,
+            main=main,
+            spills_allowed=kind == "fp32",  # without tensor cores the products are unrolled
+        ),
+        CompileCase(
+            name=f"chunk_prepare.products/{kind}/K{K}",
+            kernel=_products_kernel,
+            signature=products | dict.fromkeys(product_strides, "i32"),
+            constexprs=heads | {"BK": K, "STORE_RQ": True, "WITH_Y": True},
+            num_warps=launch.products_warps,
+            num_stages=launch.products_stages,
+            divisible=product_strides,
+            main=main,
+            spills_allowed=kind == "fp32",
+        ),
+    ]

@@ -21,7 +21,7 @@ from torch import Tensor
 from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
-from gdn_cp.kernels.configs import chain_config, piece_chunks
+from gdn_cp.kernels.configs import chain_plan
 from gdn_cp.kernels.tables import CHUNK, chunk_tables
 
 MAX_HEAD_DIM = 256
@@ -78,8 +78,8 @@ def _forward(
     """(o, final state, G, bt, rq, rk, Ag); a tensor without elements stands for None."""
     (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)  # pyright: ignore[reportAssignmentType]
-    N, block_v = B if cu_seqlens is None else cu_seqlens.numel() - 1, chain_config(q.device, q.dtype, K, V).block_v
-    cut = piece_chunks(q.device, N, B * T, HV, K, V, block_v)
+    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    launch, cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V)
     tables = chunk_tables(B, T, cu_seqlens, q.device, cut)
     prepared = prepare(
         q,
@@ -105,6 +105,7 @@ def _forward(
         initial_state=initial_state,
         output_final_state=output_final_state,
         state_v_first=state_v_first,
+        launch=launch,
     )
     kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
     G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)

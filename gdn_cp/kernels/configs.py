@@ -21,7 +21,7 @@ class Launch:
     """Settings of the prepare kernels. `precision` is what tl.dot is told for the input dtype."""
 
     precision: str = "tf32"
-    solve_precision: str = "tf32x3"
+    solve_precision: str = "tf32"
     solve_block: int = 64
     solve_warps: int = 1
     solve_registers: int | None = None
@@ -58,65 +58,77 @@ def prepare_config(device: torch.device, dtype: torch.dtype, K: int) -> Launch:
     launch = Launch(precision=dot_precision(dtype))
     if dtype == torch.float32:
         launch = replace(launch, solve_precision="ieee", solve_block=16, products_warps=8)
-    elif K > 128:
+    elif dtype == torch.float16:  # its rounding of A is no coarser than tf32's of the factors
+        launch = replace(launch, solve_precision="tf32x3")
+    if dtype != torch.float32 and K > 128:
         launch = replace(launch, products_warps=8)
     return launch
 
 
-def chain_config(device: torch.device, dtype: torch.dtype, K: int, V: int) -> ChainLaunch:
-    """Settings of the forward chain for head dims K and V."""
+PIECES_VARIABLE = "GDN_CP_PIECE_CHUNKS"
+# Microseconds of one step of the walk on an H200 at K = V = 128, by columns of the state per program: (main, summary).
+_STEP = {64: (1.65, 1.2), 32: (1.25, 0.95)}
+_MERGE = 5.0  # to compose one more piece
+_LAUNCHES = 10.0  # the summary and the merge launch
+
+
+def chain_config(device: torch.device, dtype: torch.dtype, K: int, V: int, block_v: int = 64) -> ChainLaunch:
+    """Settings of the forward chain for head dims K and V, at most `block_v` columns of the state per program."""
     if dtype == torch.float32:
         return ChainLaunch("ieee", block_v=16, num_warps=8 if K > 64 else 4, num_stages=1)
     hopper = capability(device) >= 90
     if K > 128:
         return ChainLaunch(block_v=16, num_stages=2 if hopper else 1, tma=hopper)
-    if not hopper:
+    if not hopper or K & (K - 1) or V & (V - 1):
         return ChainLaunch(block_v=32, num_stages=2)
-    return ChainLaunch(block_v=64, num_stages=3, tma=True)
+    return ChainLaunch(block_v=block_v, num_stages=3, tma=True)
 
 
-PIECES_VARIABLE = "GDN_CP_PIECE_CHUNKS"
-_SUMMARY_STEP = 0.75  # of a step of the main walk: two products of four, no output
-_MERGE_STEPS = 2.0  # steps of the main walk that composing one more piece costs
-_LAUNCH_STEPS = 12.0  # two more launches
+def chain_plan(
+    device: torch.device, dtype: torch.dtype, num_sequences: int, num_rows: int, heads: int, K: int, V: int
+) -> tuple[ChainLaunch, int]:
+    """Settings of the forward chain, and the chunks of a piece it is cut into (0: sequences stay whole).
 
-
-def piece_chunks(
-    device: torch.device, num_sequences: int, num_rows: int, heads: int, K: int, V: int, block_v: int
-) -> int:
-    """Chunks of a piece for the forward chain; 0 when sequences are not to be cut.
-
-    Cutting pays when the programs of whole sequences leave multiprocessors idle. The choice minimises a cost in steps of
-    the walk, taking sequences to be of equal length since only their number is known on the host. It depends on shapes
-    and on the card alone. The environment variable GDN_CP_PIECE_CHUNKS overrides it (0: never cut), for equal bits
-    whatever the number of heads on a card.
+    It depends on shapes and on the card alone: lengths are on the device. The environment variable GDN_CP_PIECE_CHUNKS
+    fixes the pieces (0: never cut). Columns of the state do not depend on each other, so with that set results have the
+    same bits whatever the number of heads on a card.
 
     Args:
-        device: of the call. num_sequences: N. num_rows: B*T. heads: HV.
-        K, V: head dims. block_v: columns of the state per program.
+        device, dtype: of q. num_sequences: N. num_rows: B*T. heads: HV. K, V: head dims.
+
+    Raises:
+        ValueError: if GDN_CP_PIECE_CHUNKS is not a number.
     """
     override = os.environ.get(PIECES_VARIABLE)
+    if override is not None and not override.isdigit():
+        raise ValueError(f"{PIECES_VARIABLE} is {override!r}: set it to a number of chunks >= 0, or unset it")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    block_v, cut = best_cut(processors, max(num_sequences, 1), num_rows / max(num_sequences, 1) / 64, heads, K, V)
+    launch = chain_config(device, dtype, K, V, block_v)
     if override is not None:
-        if not override.isdigit():
-            raise ValueError(f"{PIECES_VARIABLE} is {override!r}: set it to a number of chunks >= 0, or unset it")
-        return int(override)
-    if device.type != "cuda" or num_sequences == 0:
-        return 0
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return best_cut(processors, num_sequences, num_rows / num_sequences / 64, heads, -(-V // block_v), -(-K // block_v))
+        cut = int(override)
+    elif not launch.tma or K > 128 or device.type != "cuda":
+        cut = 0
+    return launch, cut
 
 
-def best_cut(processors: int, sequences: int, chunks: float, heads: int, v_blocks: int, k_blocks: int) -> int:
-    """Chunks of a piece that minimise the estimated time of `sequences` of `chunks` chunks each; 0 for no cut.
+def best_cut(processors: int, sequences: int, chunks: float, heads: int, K: int, V: int) -> tuple[int, int]:
+    """Columns per program and chunks of a piece (0: no cut) of the least estimated time.
 
-    For example 132 processors, one sequence of 1024 chunks, 8 heads and 2 + 2 blocks: 5 pieces of 205 chunks.
+    `sequences` are taken to have `chunks` chunks each. Cutting pays when the programs of whole sequences leave
+    multiprocessors idle: for 132 processors, one sequence of 1024 chunks, 4 heads and K = V = 128, whole sequences
+    make 8 programs of 64 columns and 16 pieces make 128.
     """
-    per_piece = sequences * heads * v_blocks
-    best, best_pieces = chunks * -(-per_piece // processors), 1
-    for pieces in range(2, max(2, processors // per_piece) + 1):
-        summaries = sequences * heads * (v_blocks + (pieces - 2) * (v_blocks + k_blocks))
-        waves = -(-per_piece * pieces // processors) + _SUMMARY_STEP * -(-summaries // processors)
-        cost = chunks / pieces * waves + _MERGE_STEPS * pieces + _LAUNCH_STEPS
-        if cost < 0.9 * best and chunks >= 4 * pieces:
-            best, best_pieces = cost, pieces
-    return 0 if best_pieces == 1 else math.ceil(chunks / best_pieces)
+    best, plan = float("inf"), (64, 0)
+    for block_v, (main, summary) in _STEP.items():
+        per_piece = sequences * heads * -(-V // block_v)
+        per_summary = sequences * heads * -(-(K + V) // block_v)
+        for pieces in range(1, max(1, processors // per_piece) + 1):
+            steps = chunks / pieces
+            cost = steps * main * -(-per_piece * pieces // processors)
+            if pieces > 1:
+                waves = -(-(per_piece + (pieces - 2) * per_summary) // processors)
+                cost += steps * summary * waves + _MERGE * pieces + _LAUNCHES
+            if cost < best and (pieces == 1 or steps >= 4):
+                best, plan = cost, (block_v, 0 if pieces == 1 else math.ceil(steps))
+    return plan

@@ -13,11 +13,15 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from gdn_cp.kernels.compile_report import CompileCase
 
 CHUNK = 64
 
@@ -172,3 +176,19 @@ def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.dev
             VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     return ChunkTables(chunks, pieces, n_seq)
+
+
+def compile_cases() -> list[CompileCase]:
+    """The table kernel for packed and for equal sequences."""
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    numbers = dict.fromkeys(("seqlen", "n_seq", "nt", "n_pieces", "piece_chunks"), "i32")
+    return [
+        CompileCase(
+            name=f"tables/{'varlen' if varlen else 'equal'}",
+            kernel=_tables_kernel,
+            signature={"chunks_ptr": "*i32", "pieces_ptr": "*i32"} | numbers | ({"cu_ptr": "*i32"} if varlen else {}),
+            constexprs={"VARLEN": varlen, "CHUNK": CHUNK, "BLOCK": 1024} | ({} if varlen else {"cu_ptr": None}),
+        )
+        for varlen in (True, False)
+    ]
