@@ -1,0 +1,285 @@
+"""A converted model has the logits of transformers' model, and converts back to the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("megatron.core")
+pytest.importorskip("safetensors")
+
+from gdn_cp.megatron import huggingface
+from gdn_cp.megatron.huggingface_config import HybridModel
+from gdn_cp.megatron.tensor_files import TensorFolder, write_tensors
+from gdn_cp.megatron.whole_weights import load_whole, share_of
+from scripts import convert_hf
+
+FAMILIES = ("qwen3_next", "qwen3_5_text")
+DOCUMENTS = (13, 1, 30, 20)
+# Both compute in float32, in another order: each errs by 3e-6 to 5e-6 of the same model in float64, on logits up to 2.
+TOLERANCE = 2e-5
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 16,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
+
+
+def theirs(family: str, **changed: Any) -> Any:
+    """transformers' model with every weight away from its initial value, and a spread in the logits."""
+    transformers = pytest.importorskip("transformers")
+    if family == "qwen3_next":
+        config = transformers.Qwen3NextConfig(**{**SIZES, "mlp_only_layers": list(range(4)), **changed})
+        make = transformers.Qwen3NextForCausalLM
+    else:
+        if not hasattr(transformers, "Qwen3_5TextConfig"):
+            pytest.skip("this transformers has no Qwen3.5")
+        config = transformers.Qwen3_5TextConfig(**{**SIZES, **changed})
+        make = transformers.Qwen3_5ForCausalLM
+    torch.manual_seed(3)
+    model = make(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.08))
+    return model
+
+
+def tokens() -> Tensor:
+    return torch.randint(0, SIZES["vocab_size"], (sum(DOCUMENTS),), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def their_logits(model: Any) -> Tensor:
+    """Document by document: [tokens, vocabulary]."""
+    return torch.cat([model(document[None]).logits[0] for document in tokens().split(DOCUMENTS)])
+
+
+@torch.no_grad()
+def our_logits(source: Any, model: HybridModel, *, tp: int = 1, cp: int = 1, packed: bool = True) -> Tensor:
+    """All tokens' logits from the Megatron model, cut as said; equal on all ranks."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from gdn_cp import ThdLayout
+    from gdn_cp.comm.layout import pad_cu_seqlens
+    from gdn_cp.megatron import get_hybrid_block_spec, install_cpu_shim, packed_seq_params_from_layout
+
+    install_cpu_shim()
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
+    model_parallel_cuda_manual_seed(1)
+    config = TransformerConfig(
+        **model.transformer_settings(),
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        use_cpu_initialization=True,
+    )
+    block: Any = get_hybrid_block_spec(config)
+    gpt = GPTModel(config, block, **model.model_settings(), parallel_output=False)
+    assert HybridModel.from_megatron(config, gpt, family=model.family) == model
+    load_whole(gpt, source, model, parallel_state.get_tensor_model_parallel_group())
+    if not packed:
+        return torch.cat([gpt(ids[None], torch.zeros_like(ids)[None], None)[0] for ids in tokens().split(DOCUMENTS)])
+    group = parallel_state.get_context_parallel_group()
+    cu = torch.tensor([0, *DOCUMENTS]).cumsum(0)
+    padded = pad_cu_seqlens(cu, cp)
+    layout = ThdLayout.zigzag(padded.cu_seqlens, cp, seqlens=padded.seqlens)
+    ids = layout.shard(padded.pad(tokens()), group.rank())[None]
+    params = packed_seq_params_from_layout(layout, group)
+    local = gpt(ids, torch.zeros_like(ids), None, packed_seq_params=params)[0].contiguous()
+    parts = [torch.empty_like(local) for _ in range(cp)]
+    dist.all_gather(parts, local, group=group)
+    return padded.unpad(layout.unshard(parts))
+
+
+def _cuts(rank: int, world_size: int, folder: str, cuts: list[dict[str, Any]]) -> list[Tensor]:
+    source = TensorFolder(Path(folder))
+    model = HybridModel.from_json(json.loads(Path(folder, "model.json").read_text()))
+    return [our_logits(source, model, **cut) for cut in cuts]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("qwen3_next", []), ("qwen3_next", ["--no-zero-centered"]), ("qwen3_5_text", [])],
+    ids=["qwen3_next", "qwen3_next_plain_norms", "qwen3_5"],
+)
+def test_converted_folder_has_the_same_logits_under_every_cut_and_converts_back(run_ranks, tmp_path, family, options):
+    from safetensors.torch import load_file, save_file
+
+    model = theirs(family)
+    hf, megatron, back = (tmp_path / name for name in ("hf", "megatron", "back"))
+    model.save_pretrained(hf)
+    assert convert_hf.main(["to-megatron", "--source", str(hf), "--target", str(megatron), *options]) == 0
+    expected = their_logits(model)
+    assert expected.std() > 0.3
+    for cuts, world in (([{"packed": False}, {}], 1), ([{"tp": 2}, {"cp": 2}, {"tp": 2, "packed": False}], 2)):
+        for rank, results in enumerate(run_ranks(_cuts, world, str(megatron), cuts)):
+            errors = [float((logits - expected).abs().max()) for logits in results]
+            assert max(errors) < TOLERANCE, (rank, errors)
+
+    assert convert_hf.main(["to-hf", "--source", str(megatron), "--target", str(back)]) == 0
+    before, after = load_file(hf / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype, name
+        assert torch.equal(tensor, after[name]), name
+    again = type(model).from_pretrained(back)
+    assert (their_logits(again) - expected).abs().max() < TOLERANCE
+    save_file({}, str(tmp_path / "empty.safetensors"))  # a target that is not empty is refused
+    assert convert_hf.main(["to-hf", "--source", str(megatron), "--target", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("zero_centered", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_and_tied_models_convert_back_to_the_same_bits(family, zero_centered):
+    model = theirs(family, tie_word_embeddings=True).bfloat16()
+    sizes = HybridModel.from_huggingface(model.config.to_dict(), zero_centered=zero_centered)
+    state = model.state_dict()
+    whole = dict(huggingface.to_megatron(state, sizes))
+    assert "output_layer.weight" not in whole
+    back = dict(huggingface.to_huggingface(whole, sizes))
+    del state["lm_head.weight"]
+    assert back.keys() == state.keys()
+    for name, tensor in state.items():
+        assert back[name].dtype == tensor.dtype, name
+        assert torch.equal(back[name], tensor), name
+
+
+def test_rows_stand_as_documented():
+    """The pictures of the module's docstring, one number a row."""
+    from gdn_cp import GdnDims
+
+    def rows(text: str) -> Tensor:
+        kinds = "qkvzbag"
+        return torch.tensor([[kinds.index(x[0]) * 10.0 + int(x[1])] for x in text.replace("|", " ").split()])
+
+    gdn = GdnDims(2, 4, 1, 1)
+    qkvz, ba = rows("q0 k0 v0 v1 z0 z1 | q1 k1 v2 v3 z2 z3"), rows("b0 b1 a0 a1 | b2 b3 a2 a3")
+    sections = huggingface.split_qwen3_next_in_proj(qkvz, ba, gdn)
+    expected = rows("q0 q1 | k0 k1 | v0 v1 v2 v3 | z0 z1 z2 z3 | b0 b1 b2 b3 | a0 a1 a2 a3")
+    assert torch.equal(torch.cat(sections), expected)
+    joined = huggingface.join_qwen3_next_in_proj(sections, gdn)
+    assert torch.equal(joined[0], qkvz)
+    assert torch.equal(joined[1], ba)
+    q, k, v = rows("q0 g0 q1 g1 q2 g2 q3 g3"), rows("k0 k1"), rows("v0 v1")
+    qkv = huggingface.join_linear_qkv(q, k, v, 2)
+    assert torch.equal(qkv, rows("q0 q1 g0 g1 k0 v0 | q2 q3 g2 g3 k1 v1"))
+    for part, expected in zip(huggingface.split_linear_qkv(qkv, 2, 1), (q, k, v), strict=True):
+        assert torch.equal(part, expected)
+
+
+def test_shifted_norms_keep_every_bit():
+    weight = torch.tensor([0.0, 1.0, 0.251, -3.7, 1e-3, 2**-9], dtype=torch.bfloat16)
+    shifted = huggingface._shifted(weight, -1)
+    assert shifted.dtype == torch.float32
+    assert torch.equal(shifted.double() + 1, weight.double())
+    assert huggingface._shifted(torch.tensor([0.75, 1.5], dtype=torch.bfloat16), -1).dtype == torch.bfloat16
+    assert huggingface._shifted(torch.tensor([0.1]), -1).dtype == torch.float64
+
+
+def config_of(**changed: Any) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3_next",
+        **SIZES,
+        "rms_norm_eps": 1e-6,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 0,
+    } | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_experts": 8, "mlp_only_layers": [0, 2]}, r"model.layers.1.mlp is a mixture of num_experts=8"),
+        ({"num_experts": 8, "decoder_sparse_step": 2}, r"model.layers.1.mlp is a mixture"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+        ({"model_type": "llama"}, "model_type='llama'"),
+        ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
+        ({"layer_types": ["linear_attention"] * 3}, "3 entries for num_hidden_layers=4"),
+        ({"linear_num_value_heads": 3}, "num_v_heads=3 must be a multiple"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
+    ],
+)
+def test_configurations_that_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        HybridModel.from_huggingface(config_of(**changed))
+
+
+def test_configurations_of_earlier_transformers_and_of_multimodal_models():
+    flat = config_of(rope_theta=1e7, partial_rotary_factor=0.5, full_attention_interval=2)
+    del flat["rope_parameters"]
+    model = HybridModel.from_huggingface(flat)
+    assert (model.rotary_base, model.rotary_percent, model.linear_attention) == (1e7, 0.5, (1, 0, 1, 0))
+    text = {**config_of(), "model_type": "qwen3_5_text"}
+    whole = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": text, "vision_config": {}}
+    model = HybridModel.from_huggingface(whole)
+    assert (model.family, model.tie_embeddings) == ("qwen3_5_text", True)
+    assert HybridModel.from_json(json.loads(json.dumps(dataclasses.asdict(model)))) == model
+    assert HybridModel.from_huggingface(model.to_huggingface("float32")) == model
+
+
+def test_weights_that_would_be_lost_or_are_missing_or_of_a_wrong_shape_are_refused():
+    model = theirs("qwen3_next")
+    sizes = HybridModel.from_huggingface(model.config.to_dict())
+    state = model.state_dict()
+    extra = {
+        "mtp.fc.weight": torch.zeros(1),
+        **{n.replace("model.", "model.language_model.", 1): x for n, x in state.items()},
+    }
+    with pytest.raises(ValueError, match=r"mtp.fc.weight of the Hugging Face model would be lost"):
+        huggingface.to_megatron(extra, sizes)
+    whole = dict(huggingface.to_megatron(extra, sizes, ignore=("mtp.",)))
+    with pytest.raises(ValueError, match=r"lacks model.layers.1.linear_attn.A_log"):
+        huggingface.to_megatron({n: x for n, x in state.items() if "1.linear_attn.A_log" not in n}, sizes)
+    with pytest.raises(ValueError, match=r"Megatron model lacks decoder.layers.3.self_attention.linear_qkv.weight"):
+        huggingface.to_huggingface({n: x for n, x in whole.items() if "linear_qkv" not in n}, sizes)
+    wrong = {**state, "model.layers.0.linear_attn.in_proj_ba.weight": torch.zeros(4, 32)}
+    with pytest.raises(ValueError, match=r"in_proj_ba.weight: has shape \(4, 32\), expected \(8, 32\)"):
+        dict(huggingface.to_megatron(wrong, sizes))
+    with pytest.raises(ValueError, match=r"in_proj.weight: the tensor-parallel size 4 does not divide its 2 rows"):
+        share_of("decoder.layers.0.self_attention.in_proj.weight", torch.zeros(2, 1), odd_heads(), 4, 0)
+
+
+def odd_heads() -> HybridModel:
+    one = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 1, "linear_value_head_dim": 1}
+    return HybridModel.from_huggingface(config_of(**one))
+
+
+def test_large_models_are_written_in_parts_with_an_index(tmp_path):
+    tensors = {f"t{i}": torch.full((8,), float(i)) for i in range(5)}
+    write_tensors(tensors.items(), tmp_path, max_bytes=64)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [
+        *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)),
+        "model.safetensors.index.json",
+    ]
+    folder = TensorFolder(tmp_path)
+    assert {name: folder[name][0].item() for name in folder} == {f"t{i}": float(i) for i in range(5)}
+    assert json.loads((tmp_path / names[3]).read_text())["metadata"]["total_size"] == 160
+    (tmp_path / names[0]).write_bytes(b"cut short")
+    with pytest.raises(ValueError, match=r"model-00001-of-00003\.safetensors: cannot be read"):
+        TensorFolder(tmp_path)
+    with pytest.raises(ValueError, match="holds no safetensors files"):
+        TensorFolder(tmp_path / "absent")
