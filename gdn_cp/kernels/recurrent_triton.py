@@ -1,30 +1,23 @@
 """The gated delta rule token by token in one Triton kernel: decode, packets of draft tokens, short prefill.
 
 One program owns one slab of one state: all K rows of BV value columns of one (sequence, value head). It reads the slab
-once, keeps it in float32 registers over the tokens of its sequence, and writes it once (or after every token into a
-circular bank), so decode costs one read and one write of the states and hardly anything else.
+once, keeps it in registers over the tokens of its sequence, and writes it once (or after every token into a circular
+bank), so decode costs one read and one write of the states and hardly anything else. The slab is a tile in the order of
+the bank, [K, BV] or [BV, K], so that a warp reads whole lines.
 
-Dimensions: N sequences, T tokens, H q/k heads, HV value heads, K key dim, V value dim, BV value columns of a program,
-BK = KO*KI the key dim rounded up to a power of two.
+Dimensions: N sequences, T tokens, H q/k heads, HV value heads, K key dim (BK rounded up to a power of two), V value dim,
+BV value columns of a program.
 
-The slab is a [KO, BV, KI] tile whose key index is ko*KI + ki. In a [K, V] bank KI = 1, and neighbouring threads read
-neighbouring value columns. In a [V, K] bank KI keys fill one 128-byte line, so that a warp reads whole lines of
-several rows and a sum over the keys needs few exchanges between threads. With K = 8 and KI = 4 the tile of value
-columns 0 and 1 is
-
-    ko=0: v0 [k0 k1 k2 k3]   v1 [k0 k1 k2 k3]
-    ko=1: v0 [k4 k5 k6 k7]   v1 [k4 k5 k6 k7]
-
-A packet of tokens and the same tokens one at a time run through the same instructions of the same binary (the token
-count is a run-time number, the loop is never unrolled), and a bank's state is rounded to the bank's dtype after every
-token: hence they agree bit for bit.
+A packet of tokens gives the bits of the same tokens one at a time: a bank's state is rounded to the bank's dtype after
+every token, multiplications and additions are fused only where the source says so, and sums follow the tile's shape, so
+that the variant for one token and the loop over tokens compute the same numbers.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
 # triton.jit hides the options of a launch from a type checker, and triton.cdiv may return a constexpr
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -35,26 +28,71 @@ from gdn_cp.kernels.gate_triton import gate_of
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
 
-LINE_BYTES = 128  # a warp reads whole lines of this size
 EPS = tl.constexpr(1e-6)  # under the square root of the L2 norm
+EVICT = tl.constexpr("evict_first")  # a state is not read again before all others have been
 
 
 @triton.jit
-def _load_token(q, k, v, g, beta, row, q_stride, k_stride, v_stride, g_stride, beta_stride,
-                q_head, k_head, v_head, g_head, beta_head, i_h, i_hv, o_k, o_v, inside,
-                K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr, HAS_BETA: tl.constexpr):  # fmt: skip
-    """q, k [KO, KI], v [BV], g and beta of one token in float32; zeros where `inside` is false."""
-    m_k = (o_k < K) & inside
-    b_q = tl.load(q + row * q_stride + i_h * q_head + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_k = tl.load(k + row * k_stride + i_h * k_head + o_k, mask=m_k, other=0.0).to(tl.float32)
-    b_v = tl.load(v + row * v_stride + i_hv * v_head + o_v, mask=(o_v < V) & inside, other=0.0).to(tl.float32)
+def _load_token(q, k, v, g, beta, o_k, o_v, K: tl.constexpr, V: tl.constexpr, HAS_G: tl.constexpr,
+                HAS_BETA: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """q, k [BK], v [BV], g and beta of one token in float32, and with DOT the raw tile [16, BK] of rows k, q, 0, ..."""
+    b_q = tl.load(q + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    b_k = tl.load(k + o_k, mask=o_k < K, other=0.0).to(tl.float32)
+    b_v = tl.load(v + o_v, mask=o_v < V, other=0.0).to(tl.float32)
     b_g = tl.zeros((), tl.float32)
     b_beta = tl.full((), 1.0, tl.float32)
     if HAS_G:
-        b_g = tl.load(g + row * g_stride + i_hv * g_head, mask=inside, other=0.0).to(tl.float32)
+        b_g = tl.load(g).to(tl.float32)
     if HAS_BETA:
-        b_beta = tl.load(beta + row * beta_stride + i_hv * beta_head, mask=inside, other=0.0).to(tl.float32)
-    return b_q, b_k, b_v, b_g, b_beta
+        b_beta = tl.load(beta).to(tl.float32)
+    pair = 0.0
+    if DOT:
+        rows = tl.arange(0, 16)[:, None]
+        pair = tl.load(tl.where(rows == 0, k, q) + o_k[None, :], mask=(rows < 2) & (o_k[None, :] < K), other=0.0)
+    return b_q, b_k, b_v, b_g, b_beta, pair
+
+
+@triton.jit
+def _advance(b_q, b_k, b_v, b_g, b_beta, pair, a_log, bias, b_s, scale, V_FIRST: tl.constexpr, HAS_G: tl.constexpr,
+             L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Output [BV] and next state, in the state's shape and dtype, of one token.
+
+    With S the state, d = exp(g) and dots over the keys:
+        u = beta * (v - d * (k . S));   o = scale * (d * (q . S) + (q . k) * u);   S <- d * S + k u^T
+    Both dots with S are of the old state, so one pass over the slab serves both. Norms are factors of the results.
+    """
+    qk = tl.sum(b_q * b_k)
+    rq, rk = 1.0, 1.0
+    if L2NORM:
+        rq, rk = tl.rsqrt(tl.sum(b_q * b_q) + EPS), tl.rsqrt(tl.sum(b_k * b_k) + EPS)
+    if SIGMOID:
+        b_beta = tl.sigmoid(b_beta)
+    decay = 1.0
+    if GATE:
+        decay = tl.exp(gate_of(b_g + bias, a_log))
+    elif HAS_G:
+        decay = tl.exp(b_g)
+    axis: tl.constexpr = 1 if V_FIRST else 0
+    key_column = b_k[None, :] if V_FIRST else b_k[:, None]
+    if DOT:  # bfloat16 operands are multiplied exactly and summed in float32
+        both = tl.dot(pair, b_s)
+        rows = tl.arange(0, 16)[:, None]
+        ks = tl.sum(tl.where(rows == 0, both, 0.0), axis=0)
+        qs = tl.sum(tl.where(rows == 1, both, 0.0), axis=0)
+        old = b_s.to(tl.float32)
+    else:
+        old = b_s.to(tl.float32)
+        ks = tl.sum(key_column * old, axis=axis)
+        qs = tl.sum((b_q[None, :] if V_FIRST else b_q[:, None]) * old, axis=axis)
+    u = b_beta * (b_v - decay * (rk * ks))
+    b_o = scale * (decay * (rq * qs) + (rq * rk * qk) * u)
+    u *= rk
+    new = tl.fma(
+        tl.broadcast_to(key_column, old.shape),
+        tl.broadcast_to(u[:, None] if V_FIRST else u[None, :], old.shape),
+        decay * old,
+    )
+    return b_o, new.to(b_s.dtype)
 
 
 @triton.jit(do_not_specialize=["T", "num_slots", "ring"])
@@ -64,20 +102,18 @@ def recurrent_kernel(
     q_batch, q_stride, q_head, k_batch, k_stride, k_head, v_batch, v_stride, v_head,
     g_batch, g_stride, g_head, beta_batch, beta_stride, beta_head,
     initial_slot, initial_head, final_slot, final_ring, final_head,
-    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    KO: tl.constexpr, KI: tl.constexpr, BV: tl.constexpr, STATE_V_FIRST: tl.constexpr,
-    HAS_G: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DT_BIAS: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_FINAL: tl.constexpr, IS_BANK: tl.constexpr, IS_RING: tl.constexpr, IS_VARLEN: tl.constexpr,
-    HAS_INDICES: tl.constexpr, L2NORM: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    V_FIRST: tl.constexpr, HAS_G: tl.constexpr, HAS_BETA: tl.constexpr, HAS_DT_BIAS: tl.constexpr,
+    HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, IS_BANK: tl.constexpr, IS_RING: tl.constexpr,
+    IS_VARLEN: tl.constexpr, HAS_INDICES: tl.constexpr, ONE_TOKEN: tl.constexpr, L2NORM: tl.constexpr,
+    GATE: tl.constexpr, SIGMOID: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Run one slab over its sequence's tokens. The grid is N * HV * ceil(V / BV), value blocks fastest.
 
-    Per token, with S the slab, d = exp(g) and dots over the keys:
-        u = beta * (v - d * (k . S));   o = scale * (d * (q . S) + (q . k) * u);   S <- d * S + k u^T
-    Both dots with S are of the old state, so one pass over the slab serves both.
-
     IS_BANK: `final` is a state bank that is read and written; a program whose slot lies outside it writes zeros to its
     outputs. IS_RING: the bank is [num_slots, ring, HV, ...]; the state at position p of a sequence is entry p % ring.
+    ONE_TOKEN: T is 1 and there is no loop, so that the token and the state are on their way at the same time.
+    DOT: the dots with the state run on tensor cores (bfloat16 inputs and a bfloat16 [K, V] bank).
     """
     n_v: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0).to(tl.int64)
@@ -85,87 +121,105 @@ def recurrent_kernel(
     i_h = i_hv // (HV // H)
     if IS_VARLEN:
         begin, end = tl.load(cu_seqlens + i_n).to(tl.int64), tl.load(cu_seqlens + i_n + 1).to(tl.int64)
-    else:
-        # A whole batch row is one sequence; strides of the batch dimension are folded into the base pointers.
+        i_b = tl.zeros((), tl.int64)
+    else:  # a whole batch row is one sequence
         begin, end = tl.zeros((), tl.int64), tl.zeros((), tl.int64) + T
-        q += i_n * q_batch
-        k += i_n * k_batch
-        v += i_n * v_batch
-        o += i_n * T * HV * V
-        if HAS_G:
-            g += i_n * g_batch
-        if HAS_BETA:
-            beta += i_n * beta_batch
-
-    o_v = i_v * BV + tl.arange(0, BV)
-    o_k = tl.arange(0, KO)[:, None] * KI + tl.arange(0, KI)[None, :]
-    k_step: tl.constexpr = 1 if STATE_V_FIRST else V
-    v_step: tl.constexpr = K if STATE_V_FIRST else 1
-    o_s = o_k[:, None, :] * k_step + o_v[None, :, None] * v_step
-    m_s = (o_k[:, None, :] < K) & (o_v[None, :, None] < V)
-    o += i_hv * V + o_v
+        i_b = i_n
+    o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    if V_FIRST:
+        o_s = o_v[:, None] * K + o_k[None, :]
+        m_s = (o_v[:, None] < V) & (o_k[None, :] < K)
+    else:
+        o_s = o_k[:, None] * V + o_v[None, :]
+        m_s = (o_k[:, None] < K) & (o_v[None, :] < V)
+    q += i_b * q_batch + begin * q_stride + i_h * q_head
+    k += i_b * k_batch + begin * k_stride + i_h * k_head
+    v += i_b * v_batch + begin * v_stride + i_hv * v_head
+    o += ((i_b * T + begin) * HV + i_hv) * V
+    if HAS_G:
+        g += i_b * g_batch + begin * g_stride + i_hv * g_head
+    if HAS_BETA:
+        beta += i_b * beta_batch + begin * beta_stride + i_hv * beta_head
+    a_log, bias = 0.0, 0.0
+    if GATE:
+        a_log = tl.load(A_log + i_hv).to(tl.float32)
+        if HAS_DT_BIAS:
+            bias = tl.load(dt_bias + i_hv).to(tl.float32)
+    if ONE_TOKEN:
+        b_q, b_k, b_v, b_g, b_beta, pair = _load_token(q, k, v, g, beta, o_k, o_v, K, V, HAS_G, HAS_BETA, DOT)
 
     slot, valid = i_n, i_n >= 0
     if HAS_INDICES:
         slot = tl.load(state_indices + i_n).to(tl.int64)
         valid = (slot >= 0) & (slot < num_slots)
-    position = tl.zeros((), tl.int64)
+    entry = tl.zeros((), tl.int64)
     if IS_RING:
-        position = tl.load(cache_seqlens + i_n).to(tl.int64)
-        valid = valid & (position >= 0)
-    slot = tl.where(valid, slot, 0)
-    first = tl.where(valid, position, 0)
-
-    # The first token's operands are on their way before the state's: neither waits for the other.
-    b_q, b_k, b_v, b_g, b_beta = _load_token(
-        q, k, v, g, beta, begin, q_stride, k_stride, v_stride, g_stride, beta_stride,
-        q_head, k_head, v_head, g_head, beta_head, i_h, i_hv, o_k, o_v, valid & (begin < end),
-        K, V, HAS_G, HAS_BETA)  # fmt: skip
+        entry = tl.load(cache_seqlens + i_n).to(tl.int64)
+        valid = valid & (entry >= 0)
+        entry = tl.where(valid, entry, 0) % ring
     if IS_BANK:
-        final += slot * final_slot + i_hv * final_head
-        b_s = tl.load(final + (first % ring) * final_ring + o_s, mask=m_s & valid, other=0.0).to(tl.float32)
+        final += tl.where(valid, slot, 0) * final_slot + i_hv * final_head
+        b_s = tl.load(final + entry * final_ring + o_s, mask=m_s & valid, other=0.0, eviction_policy=EVICT)
     elif HAS_INITIAL:
         b_s = tl.load(initial + i_n * initial_slot + i_hv * initial_head + o_s, mask=m_s, other=0.0).to(tl.float32)
     else:
-        b_s = tl.zeros([KO, BV, KI], tl.float32)
+        b_s = tl.zeros_like(o_s).to(tl.float32)
 
-    for t in range(begin, end):
-        q_t, k_t, v_t, g_t, beta_t = b_q, b_k, b_v, b_g, b_beta
-        b_q, b_k, b_v, b_g, b_beta = _load_token(
-            q, k, v, g, beta, t + 1, q_stride, k_stride, v_stride, g_stride, beta_stride,
-            q_head, k_head, v_head, g_head, beta_head, i_h, i_hv, o_k, o_v, valid & (t + 1 < end),
-            K, V, HAS_G, HAS_BETA)  # fmt: skip
-        if L2NORM:
-            q_t *= tl.rsqrt(tl.sum(q_t * q_t) + EPS)
-            k_t *= tl.rsqrt(tl.sum(k_t * k_t) + EPS)
-        if SIGMOID:
-            beta_t = tl.sigmoid(beta_t)
-        decay = 1.0
-        if GATE:
-            bias = 0.0
-            if HAS_DT_BIAS:
-                bias = tl.load(dt_bias + i_hv).to(tl.float32)
-            decay = tl.exp(gate_of(g_t + bias, tl.load(A_log + i_hv).to(tl.float32)))
-        elif HAS_G:
-            decay = tl.exp(g_t)
-        ks = tl.sum(tl.sum(k_t[:, None, :] * b_s, axis=0), axis=1)
-        qs = tl.sum(tl.sum(q_t[:, None, :] * b_s, axis=0), axis=1)
-        u = beta_t * (v_t - decay * ks)
-        b_o = scale * (decay * qs + tl.sum(q_t * k_t) * u)
-        b_s = decay * b_s + k_t[:, None, :] * u[None, :, None]
-        tl.store(o + t * HV * V, tl.where(valid, b_o, 0.0).to(o.dtype.element_ty), mask=o_v < V)
-        if IS_BANK:
-            rounded = b_s.to(final.dtype.element_ty)
+    if ONE_TOKEN:
+        b_o, b_s = _advance(b_q, b_k, b_v, b_g, b_beta, pair, a_log, bias, b_s, scale, V_FIRST, HAS_G, L2NORM, GATE,
+                            SIGMOID, DOT)  # fmt: skip
+        tl.store(o + o_v, tl.where(valid, b_o, 0.0).to(o.dtype.element_ty), mask=o_v < V)
+        if IS_RING:
+            tl.store(final + (entry + 1) % ring * final_ring + o_s, b_s, mask=m_s & valid, eviction_policy=EVICT)
+    else:
+        for _ in range(begin, end):
+            b_q, b_k, b_v, b_g, b_beta, pair = _load_token(q, k, v, g, beta, o_k, o_v, K, V, HAS_G, HAS_BETA, DOT)
+            b_o, b_s = _advance(b_q, b_k, b_v, b_g, b_beta, pair, a_log, bias, b_s, scale, V_FIRST, HAS_G, L2NORM, GATE,
+                                SIGMOID, DOT)  # fmt: skip
+            tl.store(o + o_v, tl.where(valid, b_o, 0.0).to(o.dtype.element_ty), mask=o_v < V)
+            q += q_stride
+            k += k_stride
+            v += v_stride
+            o += HV * V
+            if HAS_G:
+                g += g_stride
+            if HAS_BETA:
+                beta += beta_stride
             if IS_RING:
-                entry = (first + 1 + t - begin) % ring
-                tl.store(final + entry * final_ring + o_s, rounded, mask=m_s & valid)
-            b_s = rounded.to(tl.float32)
+                entry = (entry + 1) % ring
+                tl.store(final + entry * final_ring + o_s, b_s, mask=m_s & valid, eviction_policy=EVICT)
 
     if IS_BANK:
         if not IS_RING:  # a sequence without tokens leaves its slot alone
-            tl.store(final + o_s, b_s.to(final.dtype.element_ty), mask=m_s & valid & (begin < end))
+            tl.store(final + o_s, b_s, mask=m_s & valid & (begin < end), eviction_policy=EVICT)
     elif HAS_FINAL:
         tl.store(final + i_n * final_slot + i_hv * final_head + o_s, b_s.to(final.dtype.element_ty), mask=m_s)
+
+
+class Tile(NamedTuple):
+    """How a program is cut: BK x BV elements of a state on `num_warps` warps of at most `maxnreg` registers a thread."""
+
+    BK: int
+    BV: int
+    num_warps: int
+    maxnreg: int | None
+    dot: bool
+
+
+def choose_tile(K: int, V: int, state_bytes: int, state_v_first: bool, bfloat16_inputs: bool) -> Tile:
+    """The tile for a state of elements of `state_bytes` bytes, measured on an H200 at K = V = 128, 128 requests, T = 1.
+
+    A [V, K] bank is read in runs of whole rows, so one warp can own 16 of them. In a [K, V] bank a warp's columns are
+    strided and short runs cost bandwidth: 256 bytes of each row, two or four warps.
+    """
+    BK, BV = max(triton.next_power_of_2(K), 16), max(triton.next_power_of_2(V), 16)
+    if state_v_first:
+        return Tile(BK, min(BV, max(16 * 128 // BK, 1)), 1, None, False)
+    if state_bytes == 4 or not bfloat16_inputs:
+        return Tile(BK, min(BV, 64 * 128 // BK), 2 if BK * BV >= 4096 else 1, None, False)
+    BV = min(BV, 128 * 128 // BK)
+    warps = max(1, min(4, BK * BV // 4096))
+    return Tile(BK, BV, warps, 168 if warps == 4 else None, True)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str | None:
@@ -177,14 +231,6 @@ def unsupported(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str
     if device.type != "cuda":
         return f"the tensors are on {device.type}"
     return None
-
-
-def tile_shape(K: int, V: int, state_bytes: int, state_v_first: bool) -> tuple[int, int, int, int]:
-    """(KO, KI, BV, num_warps) of a program; `state_bytes` is the size of a state's element."""
-    BK = max(triton.next_power_of_2(K), 16)
-    KI = min(BK, LINE_BYTES // state_bytes) if state_v_first else 1
-    BV = min(max(triton.next_power_of_2(V), 16), 64 * 128 // BK)
-    return BK // KI, KI, BV, 4
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, ...]:
@@ -214,20 +260,20 @@ def launch(
     ring = final.shape[1] if is_ring and final is not None else 1
     state = final if final is not None else initial
     state_bytes = 4 if state is None else state.element_size()
-    KO, KI, BV, num_warps = tile_shape(K, V, state_bytes, state_v_first)
+    tile = choose_tile(K, V, state_bytes, state_v_first, q.dtype == torch.bfloat16 and q.is_cuda and is_bank)
     if N * HV == 0:
         return o
-    recurrent_kernel[(N * HV * triton.cdiv(V, BV),)](
+    recurrent_kernel[(N * HV * triton.cdiv(V, tile.BV),)](
         q, k, v, g, beta, A_log, dt_bias, o, initial, final, cu_seqlens, state_indices, cache_seqlens,
         scale, T, num_slots, ring,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(g), *_strides(beta),
         *_strides(initial)[:2], *_state_strides(final, is_ring),
-        H=H, HV=HV, K=K, V=V, KO=KO, KI=KI, BV=BV, STATE_V_FIRST=state_v_first,
+        H=H, HV=HV, K=K, V=V, BK=tile.BK, BV=tile.BV, V_FIRST=state_v_first,
         HAS_G=g is not None, HAS_BETA=beta is not None, HAS_DT_BIAS=dt_bias is not None,
         HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, IS_BANK=is_bank, IS_RING=is_ring,
         IS_VARLEN=cu_seqlens is not None, HAS_INDICES=state_indices is not None,
-        L2NORM=l2norm, GATE=A_log is not None, SIGMOID=sigmoid,
-        num_warps=num_warps, num_stages=1, enable_fp_fusion=False,
+        ONE_TOKEN=T == 1 and cu_seqlens is None, L2NORM=l2norm, GATE=A_log is not None, SIGMOID=sigmoid,
+        DOT=tile.dot, num_warps=tile.num_warps, num_stages=1, maxnreg=tile.maxnreg, enable_fp_fusion=False,
     )  # fmt: skip
     return o
 
@@ -236,16 +282,12 @@ def compile_cases() -> list[CompileCase]:
     """Qwen3-Next heads: bank of states, circular bank and stateless prefill, in both layouts and dtypes."""
     from gdn_cp.kernels.compile_report import CompileCase
 
-    cases = []
-    for dtype, size in (("fp32", 4), ("bf16", 2)):
-        for v_first in (False, True):
-            for kind in ("bank", "ring", "prefill"):
-                cases.append(_compile_case(CompileCase, dtype, size, v_first, kind))
-    return cases
+    kinds = [("bank", "fp32"), ("bank", "bf16"), ("ring", "fp32"), ("ring", "bf16"), ("prefill", "fp32")]
+    return [_compile_case(CompileCase, kind, dtype, v_first) for kind, dtype in kinds for v_first in (False, True)]
 
 
-def _compile_case(make: type[CompileCase], dtype: str, state_bytes: int, v_first: bool, kind: str) -> CompileCase:
-    KO, KI, BV, num_warps = tile_shape(128, 128, state_bytes, v_first)
+def _compile_case(make: type[CompileCase], kind: str, dtype: str, v_first: bool) -> CompileCase:
+    tile = choose_tile(128, 128, 2 if dtype == "bf16" else 4, v_first, kind != "prefill")
     pointers = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "g": "*bf16", "beta": "*bf16", "A_log": "*fp32"}
     pointers |= {"dt_bias": "*fp32", "o": "*bf16", "initial": "*fp32", "final": f"*{dtype}", "cu_seqlens": "*i32"}
     pointers |= {"state_indices": "*i32", "cache_seqlens": "*i32"}
@@ -258,22 +300,30 @@ def _compile_case(make: type[CompileCase], dtype: str, state_bytes: int, v_first
     strides += ["initial_slot", "initial_head", "final_slot", "final_ring", "final_head"]
     ones = {"g_head": 1, "beta_head": 1}
     numbers = {"scale": "fp32", "T": "i32", "num_slots": "i32", "ring": "i32"}
-    constants = {"H": 16, "HV": 32, "K": 128, "V": 128, "KO": KO, "KI": KI, "BV": BV, "STATE_V_FIRST": v_first}
+    constants = {"H": 16, "HV": 32, "K": 128, "V": 128, "BK": tile.BK, "BV": tile.BV, "V_FIRST": v_first}
     flags = {"HAS_G": True, "HAS_BETA": True, "HAS_DT_BIAS": True, "HAS_INITIAL": kind == "prefill", "HAS_FINAL": True}
     flags |= {"IS_BANK": kind != "prefill", "IS_RING": kind == "ring", "IS_VARLEN": kind == "prefill"}
-    flags |= {"HAS_INDICES": kind != "prefill", "L2NORM": True, "GATE": True, "SIGMOID": True}
+    flags |= {
+        "HAS_INDICES": kind != "prefill",
+        "ONE_TOKEN": kind == "bank",
+        "L2NORM": True,
+        "GATE": True,
+        "SIGMOID": True,
+        "DOT": tile.dot,
+    }
     return make(
         name=f"recurrent/{kind}/{dtype}/{'VK' if v_first else 'KV'}",
         kernel=recurrent_kernel,
         signature={
-            **{name: kind for name, kind in pointers.items() if name not in absent},
+            **{name: pointer for name, pointer in pointers.items() if name not in absent},
             **numbers,
             **{name: "i32" for name in strides if name not in ones},
         },
         constexprs={**dict.fromkeys(absent), **ones, **constants, **flags},
-        num_warps=num_warps,
+        num_warps=tile.num_warps,
+        maxnreg=tile.maxnreg,
         num_stages=1,
         fp_fusion=False,
-        main=(kind, dtype, v_first) in {("bank", "fp32", False), ("bank", "bf16", True), ("ring", "bf16", True)},
+        main=kind == "bank",
         divisible=tuple(name for name in strides if name not in ones),
     )
