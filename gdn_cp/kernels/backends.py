@@ -94,6 +94,13 @@ def triton_refusal(call: DeltaRuleCall) -> str | None:
     return chunk_triton.unsupported(call)
 
 
+def wants_kernels(x: torch.Tensor) -> bool:
+    """Whether the row-wise operations (convolution, norm) are to run their Triton kernels on x: on a GPU, in any dtype
+    but float64, unless GDN_CP_BACKEND asks for one of the plain torch implementations."""
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE) not in ("reference", "recurrent")
+    return x.is_cuda and x.dtype != torch.float64 and wanted
+
+
 def _choose_automatically(call: DeltaRuleCall) -> Choice:
     if call.device_type != "cuda":
         return Choice("reference", f"the tensors are on {call.device_type}")

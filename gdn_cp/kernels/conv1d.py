@@ -1,7 +1,8 @@
 """Causal depthwise convolution over a packed batch, as the mixer applies it to q, k and v: no reach across sequences.
 
-A few shifted multiply-adds in plain torch, on any device, without waiting for it. The backward computes the convolution
-anew from x, so that nothing but the input is kept.
+The kernels of `conv1d_triton` on a GPU; elsewhere, in float64 or with GDN_CP_BACKEND=reference a few shifted
+multiply-adds in plain torch. Neither waits for the device, and the backward computes the convolution anew from x, so
+that nothing but the input is kept.
 
 Dimensions: T tokens (rows), D channels, W taps, N sequences.
 """
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn_cp.kernels.activations import silu_backward, silu_forward
+from gdn_cp.kernels.backends import wants_kernels
 
 _ACTIVATIONS = ("silu", "swish", None)
 
@@ -41,8 +43,20 @@ def causal_conv1d(
         ValueError: on a wrong shape, dtype, device or activation.
     """
     _check(x, weight, bias, cu_seqlens, activation)
+    if wants_kernels(x):
+        from gdn_cp.kernels.conv1d_triton import causal_conv1d_op, unsupported
+
+        if unsupported(x, weight, bias) is None:
+            return causal_conv1d_op(x, weight.flatten(1), bias, cu_seqlens, activation is not None)
+    return causal_conv1d_reference(x, weight, bias, cu_seqlens, activation is not None)
+
+
+def causal_conv1d_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, silu: bool
+) -> Tensor:
+    """`causal_conv1d` in plain torch, without checks: the kernels' oracle."""
     position = None if cu_seqlens is None else _position_in_sequence(cu_seqlens, len(x))
-    return _CausalConv1d.apply(x, weight.flatten(1), bias, position, activation is not None)
+    return _CausalConv1d.apply(x, weight.flatten(1), bias, position, silu)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, activation: str | None) -> None:
