@@ -5,15 +5,15 @@ once, keeps it in registers over the tokens of its sequence, and writes it once 
 bank), so decode costs one read and one write of the states and hardly anything else. The slab is a tile in the order of
 the bank, [K, BV] or [BV, K], so that a warp reads whole lines.
 
-Dimensions: N sequences, T tokens, H q/k heads, HV value heads, K key dim (BK rounded up to a power of two), V value dim,
-BV value columns of a program.
+Dimensions: N sequences, T tokens, H q/k heads, HV value heads, K key dim (BK rounded up to a power of two), V value
+dim, BV value columns of a program.
 
 A packet of tokens gives the bits of the same tokens one at a time: a bank's state is rounded to the bank's dtype after
 every token, multiplications and additions are fused only where the source says so, and sums follow the tile's shape, so
 that the variant for one token and the loop over tokens compute the same numbers.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportAssignmentType=false, reportReturnType=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
 # triton.jit hides the options of a launch from a type checker, and triton.cdiv may return a constexpr
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def recurrent_kernel(
 
 
 class Tile(NamedTuple):
-    """How a program is cut: BK x BV elements of a state on `num_warps` warps of at most `maxnreg` registers a thread."""
+    """A program's share: BK x BV elements of a state on `num_warps` warps of at most `maxnreg` registers a thread."""
 
     BK: int
     BV: int
