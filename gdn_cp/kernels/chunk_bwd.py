@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
-from gdn_cp.kernels.chunk_bwd_local import dqk_kernel, scores_kernel
+from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
 from gdn_cp.kernels.configs import capability, dot_precision
 from gdn_cp.kernels.gate_triton import sum_partials
@@ -31,11 +31,13 @@ SLICE_BYTES = 512 * 2**20
 
 
 class BackwardLaunch(NamedTuple):
-    """For each kernel (columns of the state per step, warps, pipeline stages); whether the bulk copy engine is used."""
+    """For each kernel (columns of the state per step, warps, pipeline stages, limit of registers or none); and whether
+    the bulk copy engine is used."""
 
-    chains: tuple[int, int, int]
-    scores: tuple[int, int, int]
-    dqk: tuple[int, int, int]
+    chains: tuple[int, ...]
+    scores: tuple[int, ...]
+    dq: tuple[int, ...]
+    dk: tuple[int, ...]
     tma: bool = False
 
 
@@ -55,14 +57,15 @@ class Gradients(NamedTuple):
 def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int) -> BackwardLaunch:
     """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others."""
     if dtype == torch.float32:
-        return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1))
+        return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1))
     hopper = capability(device) >= 90
     if K > 128:
-        return BackwardLaunch((32, 8, 1), (32, 8, 1), (32, 8, 1), hopper)
+        return BackwardLaunch((32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), hopper)
     block_v = 64 if V > 32 else max(16, V)
+    half = min(32, block_v)
     if not hopper:
-        return BackwardLaunch((min(32, block_v), 4, 2), (min(32, block_v), 8, 1), (min(32, block_v), 8, 1))
-    return BackwardLaunch((block_v, 4, 3), (min(32, block_v), 4, 1), (block_v, 8, 1), True)
+        return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, 4, 2), (half, 4, 2))
+    return BackwardLaunch((block_v, 4, 3), (half, 4, 2), (block_v, 4, 2), (block_v, 4, 2), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
@@ -135,14 +138,14 @@ def chunk_gated_delta_rule_bwd(
         c1 = min(c0 + size, NT)
         X, Yt = prepare_products(q, k, prepared, tables, scale=scale, first_chunk=c0, num_chunks=c1 - c0)
         assert Yt is not None
-        bv, warps, stages = launch.chains
+        bv, options = _options(launch.chains)
         chains_kernel[(tables.num_pieces * HV * triton.cdiv(V, bv) * 2,)](
             views.tokens(q, K), views.tokens(k, K), views.tokens(v, bv), views.tokens(do, bv), *factors,
             views.matrices(X, CHUNK), views.matrices(Yt, CHUNK), tables.pieces, initial_state,
             None if checkpoints is None else checkpoints[index], dht,
             *((None, None) if carries is None else (carries[index % 2], carries[(index + 1) % 2])),
             views.matrices(h, bv), views.matrices(dh, bv), out.dv, out.dh0, scale, c0, c1, NT, *_strides(q, k, v, do),
-            BV=bv, V_FIRST=state_v_first, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
+            V_FIRST=state_v_first, **options, **shared,
         )  # fmt: skip
         if c1 == c0:
             continue
@@ -150,21 +153,23 @@ def chunk_gated_delta_rule_bwd(
         U = torch.empty(c1 - c0, HV, CHUNK, V, dtype=q.dtype, device=q.device)
         D, F = (torch.empty(c1 - c0, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) for _ in range(2))
         dG = None if g is None else torch.empty(c1 - c0, HV, CHUNK, dtype=torch.float32, device=q.device)
-        bv, warps, stages = launch.scores
+        bv, options = _options(launch.scores)
         scores_kernel[((c1 - c0) * HV,)](
-            views.tokens(q, K), views.tokens(k, K), views.tokens(v, bv), views.tokens(do, bv), *factors,
-            views.matrices(prepared.Ag, CHUNK), views.matrices(h, bv), views.tokens(out.dv, bv), tables.chunks, out.dv,
-            views.matrices(U, bv), views.matrices(D, CHUNK), views.matrices(F, CHUNK), dG, out.dbeta, scale, c0,
-            *_strides(q, k, v, do), BV=bv, SIGMOID=use_beta_sigmoid_in_kernel, STAGES=stages, num_warps=warps,
-            num_stages=stages, **shared,
+            q, k, views.tokens(v, bv), views.tokens(do, bv), *factors, prepared.Ag, views.matrices(h, bv),
+            views.tokens(out.dv, bv), tables.chunks, out.dv, views.matrices(U, bv), D, F, dG, out.dbeta, scale, c0,
+            *_strides(q, k, v, do), SIGMOID=use_beta_sigmoid_in_kernel, **options, **shared,
         )  # fmt: skip
-        bv, warps, stages = launch.dqk
-        dqk_kernel[((c1 - c0) * H,)](
-            views.tokens(q, K), views.tokens(k, K), views.tokens(do, bv), g, prepared.G, prepared.rq, prepared.rk,
-            views.matrices(h, bv), views.matrices(dh, bv), tables.chunks, views.tokens(out.dv, bv),
-            views.matrices(U, bv), views.matrices(D, CHUNK), views.matrices(F, CHUNK), dG, A_log, dt_bias,
-            out.dq, out.dk, out.dg, out.dA_log, out.ddt_bias, scale, c0, *_strides(q, k, do), *gate_strides,
-            BV=bv, GATE=use_gate_in_kernel, STAGES=stages, num_warps=warps, num_stages=stages, **shared,
+        bv, options = _options(launch.dq)
+        dq_kernel[((c1 - c0) * H,)](
+            q, k, views.tokens(do, bv), prepared.G, prepared.rq, views.matrices(h, bv), tables.chunks, D, dG, out.dq,
+            scale, c0, *_strides(q, k, do), **options, **shared,
+        )  # fmt: skip
+        bv, options = _options(launch.dk)
+        dk_kernel[((c1 - c0) * H,)](
+            q, k, g, prepared.G, prepared.rk, views.matrices(h, bv), views.matrices(dh, bv), tables.chunks,
+            views.tokens(out.dv, bv), views.matrices(U, bv), D, F, dG, A_log, dt_bias, out.dk, out.dg,
+            out.dA_log, out.ddt_bias, c0, *_strides(q, k), *gate_strides, GATE=use_gate_in_kernel,
+            **options, **shared,
         )  # fmt: skip
     dA_log, ddt_bias = (None if x is None else sum_partials(x) for x in (out.dA_log, out.ddt_bias))
     return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
@@ -178,6 +183,13 @@ def _tma_fits(*tensors: Tensor) -> bool:
         if not packed or x.numel() == 0 or x.dtype == torch.float32:
             return False
     return True
+
+
+def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
+    """Columns per step, and the keyword arguments of a launch."""
+    block_v, warps, stages, *limit = launch
+    options = {"BV": block_v, "STAGES": stages, "num_warps": warps, "num_stages": stages}
+    return block_v, options | ({"maxnreg": limit[0]} if limit else {})
 
 
 class _Views:

@@ -15,10 +15,10 @@ Given, for one chunk of C = 64 rows, the state S before it, the gradient dS+ of 
 The gradient of the inverse needs no product of C x C matrices, since Af^T dU = M and Af (beta R) = U. The diagonal of
 dQK * Q K^T, which would cancel between rows and columns of dG, never enters.
 
-Two kernels, because one would need more registers than there are: `scores_kernel` makes what is [C, C] and [C, V],
-and `dqk_kernel` what is [C, K]. The second one builds dQ and dK transposed, [K, C], so that the first factor of every product
-is a tile as it lies in memory (see `chunk_bwd_chains`). With x = r x_raw, r = 1 / |x_raw|, the gradient of x_raw is
-y - x (x . y) with y = r dx, so the scores are stored with the norms multiplied in:
+Three kernels, because one would need more registers than there are: `scores_kernel` makes what is [C, C] and [C, V],
+`dq_kernel` and `dk_kernel` what is [C, K]. The latter build dQ and dK transposed, [K, C], so that the first factor of
+every product is a tile as it lies in memory (see `chunk_bwd_chains`). With x = r x_raw, r = 1 / |x_raw|, the gradient
+of x_raw is y - x (x . y) with y = r dx, so the scores are stored with the norms multiplied in:
 
     D = diag(rq) dQK diag(rk)         F = -diag(rk beta) E diag(rk)
 
@@ -30,7 +30,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn_cp.kernels.chunk_bwd_chains import matrix_tile, store_matrix_tile, store_rows, token_tile
+from gdn_cp.kernels.chunk_bwd_chains import (
+    load_rows,
+    load_state,
+    matrix_tile,
+    store_matrix_tile,
+    store_rows,
+    store_state,
+    token_tile,
+)
 from gdn_cp.kernels.gate_triton import softplus
 
 
@@ -68,7 +76,8 @@ def scores_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // HV and value head id % HV. Stores U, D, F, dV, dbeta and what S gives to dG.
+    """One program: chunk c0 + id // HV and value head id % HV. Stores U, D, F, dV, dbeta and
+    dG but for what comes through dQ and dK.
 
     M and dv may be the same memory: each tile is read before it is written, and only by this program.
     """
@@ -84,10 +93,10 @@ def scores_kernel(
     i_c = tl.arange(0, C)
     valid = i_c < n_rows
     own = local * HV + hv
-    q_tile = token_tile(q, row, hk, 0, n_rows, stride_qt, stride_qh, K, BK, C, TMA)
-    k_tile = token_tile(k, row, hk, 0, n_rows, stride_kt, stride_kh, K, BK, C, TMA)
+    q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+    k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+    Ag_tile = load_state(Ag + (chunk * HV + hv) * (C * C), 0, C, C, C, C, False)
     dtype = k_tile.dtype
-    Ag_tile = matrix_tile(Ag, chunk * HV + hv, 0, C, C, C, C, TMA)
     G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
     b = tl.load(bt + (chunk * HV + hv) * C + i_c)
     gamma = tl.exp(G_i)
@@ -100,7 +109,7 @@ def scores_kernel(
     dP = tl.zeros([C, C], tl.float32)
     MU = tl.zeros([C, C], tl.float32)
     m_dot_r = tl.zeros([C], tl.float32)
-    from_state = tl.zeros([C], tl.float32)
+    dr_dot_ks = tl.zeros([C], tl.float32)
     for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
         v_tile = token_tile(v, row, hv, i_v, n_rows, stride_vt, stride_vh, V, BV, C, TMA)
@@ -111,22 +120,19 @@ def scores_kernel(
         m = m_tile.to(tl.float32)
         m_dot_r += tl.sum(m * R, 1)
         dR = b[:, None] * m
-        from_state -= tl.sum(dR * KS, 1)  # beta is 0 past the end, and so are dR and U
+        dr_dot_ks += tl.sum(dR * KS, 1)  # beta is 0 past the end, and so are dR and U
         store_rows(dv + (row * HV + hv) * V, dR, i_v, n_rows, HV * V, V, BV, C)
         bR = b[:, None] * R
         U_b = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION).to(dtype)
         store_matrix_tile(U, U_b, own, i_v, C, V, C, BV, TMA)
         dP = tl.dot(do_tile, tl.trans(U_b), acc=dP, input_precision=PRECISION)
         MU = tl.dot(m_tile, tl.trans(U_b), acc=MU, input_precision=PRECISION)
-        if dG is not None:
-            QS = (gamma * q_norm)[:, None] * tl.dot(q_tile, S, input_precision=PRECISION)
-            from_state += tl.sum(do_tile.to(tl.float32) * QS, 1)
     strict = i_c[:, None] > i_c[None, :]
     Gam = tl.exp(tl.where(i_c[:, None] >= i_c[None, :], G_i[:, None] - G_i[None, :], float("-inf"))) * k_norm[None, :]
     D_tile = dP * Gam * q_norm[:, None]
-    store_matrix_tile(D, D_tile.to(dtype), own, 0, C, C, C, C, TMA)
+    store_state(D + own * (C * C), D_tile, 0, C, C, C, C, False)
     E = tl.where(strict, MU * Gam * k_norm[:, None], 0.0)
-    store_matrix_tile(F, (-b[:, None] * E).to(dtype), own, 0, C, C, C, C, TMA)
+    store_state(F + own * (C * C), -b[:, None] * E, 0, C, C, C, C, False)
     EKK = E * tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
     if dbeta is not None:
         d = m_dot_r - tl.sum(EKK, 1)
@@ -136,18 +142,68 @@ def scores_kernel(
     if dG is not None:
         decayed = tl.where(strict, D_tile * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), 0.0)
         decayed -= b[:, None] * EKK
-        tl.store(dG + own * C + i_c, tl.sum(decayed, 1) - tl.sum(decayed, 0) + from_state)
+        tl.store(dG + own * C + i_c, tl.sum(decayed, 1) - tl.sum(decayed, 0) - dr_dot_ks)
 
 
 @triton.jit(do_not_specialize=["c0"])
-def dqk_kernel(
-    q, k, do, g, G, rq, rk, h, dh, chunks, dv, U, D, F, dG, A_log, dt_bias, dq, dk, dg, dA_part, ddt_part, scale, c0,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh, stride_gt, stride_gh,
+def dq_kernel(
+    q, k, do, G, rq, h, chunks, D, dG, dq, scale, c0, stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One program: chunk c0 + id // H and q/k head id % H; dQ over all value heads of that head, and its part of dG.
+
+    dQ^T = sum of S dO^T diag(scale gamma) + K^T (D / rq)^T; the products take tiles as loaded, scales come after.
+    """
+    pid = tl.program_id(0)
+    local = (pid // H).to(tl.int64)
+    chunk = c0 + local
+    hk = (pid % H).to(tl.int64)
+    if tl.load(chunks + chunk * 4) < 0:
+        return
+    row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
+    n_rows = tl.load(chunks + chunk * 4 + 2)
+    i_c = tl.arange(0, C)
+    q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+    k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+    q_norm = tl.full([C], 1.0, tl.float32)
+    if rq is not None:
+        q_norm = tl.load(rq + (chunk * H + hk) * C + i_c)
+    dq_t = tl.zeros([BK, C], tl.float32)
+    for j in range(HV // H):
+        hv = hk * (HV // H) + j
+        own = local * HV + hv
+        D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
+        dq_t = tl.dot(tl.trans(k_tile), tl.trans(D_tile), acc=dq_t, input_precision=PRECISION)
+        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
+        through_s = tl.zeros([BK, C], tl.float32)
+        for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+            S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
+            do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
+            through_s = tl.dot(S, tl.trans(do_tile), acc=through_s, input_precision=PRECISION)
+        through_s *= (scale * tl.exp(G_i) * q_norm)[None, :]
+        dq_t += through_s
+        if dG is not None:
+            q_dot = tl.sum(tl.trans(q_tile).to(tl.float32) * through_s, 0)
+            # Rows of dO past the end may be another sequence's.
+            part = tl.load(dG + own * C + i_c)
+            tl.store(dG + own * C + i_c, tl.where(i_c < n_rows, part + q_dot, 0.0))
+    if rq is not None:
+        dq_t = _norm_gradient(dq_t, tl.trans(q_tile), q_norm)
+    store_rows(dq + (row * H + hk) * K, tl.trans(dq_t), 0, n_rows, H * K, K, BK, C)
+
+
+@triton.jit(do_not_specialize=["c0"])
+def dk_kernel(
+    q, k, g, G, rk, h, dh, chunks, dv, U, D, F, dG, A_log, dt_bias, dk, dg, dA_part, ddt_part, c0,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_gt, stride_gh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // H and q/k head id % H; dQ and dK over all value heads of that head, and their dg."""
-    R_HEADS: tl.constexpr = HV // H
+    """One program: chunk c0 + id // H and q/k head id % H; dK over all value heads of that head, and their dg.
+
+    dK^T = sum of dS+ U^T diag(rho) - S dR^T diag(gamma) + (Q^T D + K^T (F + F^T)) / rk.
+    """
     pid = tl.program_id(0)
     local = (pid // H).to(tl.int64)
     chunk = c0 + local
@@ -155,80 +211,50 @@ def dqk_kernel(
     i_c = tl.arange(0, C)
     if tl.load(chunks + chunk * 4) < 0:
         if GATE:
-            for j in range(R_HEADS):
-                tl.store(dA_part + chunk * HV + hk * R_HEADS + j, 0.0)
-                tl.store(ddt_part + chunk * HV + hk * R_HEADS + j, 0.0)
+            for j in range(HV // H):
+                tl.store(dA_part + chunk * HV + hk * (HV // H) + j, 0.0)
+                tl.store(ddt_part + chunk * HV + hk * (HV // H) + j, 0.0)
         return
     row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
     n_rows = tl.load(chunks + chunk * 4 + 2)
-    valid = i_c < n_rows
-    q_tile = token_tile(q, row, hk, 0, n_rows, stride_qt, stride_qh, K, BK, C, TMA)
-    k_tile = token_tile(k, row, hk, 0, n_rows, stride_kt, stride_kh, K, BK, C, TMA)
+    q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+    k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
     k_norm = tl.full([C], 1.0, tl.float32)
-    q_norm = tl.full([C], 1.0, tl.float32)
     if rk is not None:
         k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
-        q_norm = tl.load(rq + (chunk * H + hk) * C + i_c)
-    dtype = k_tile.dtype
-    dq_t = tl.zeros([BK, C], tl.float32)
     dk_t = tl.zeros([BK, C], tl.float32)
-    for j in range(R_HEADS):
-        hv = hk * R_HEADS + j
+    for j in range(HV // H):
+        hv = hk * (HV // H) + j
         own = local * HV + hv
-        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
-        G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
-        gamma = tl.where(valid, tl.exp(G_i), 0.0)  # dO and dR past the end may be another sequence's
-        u_scale = tl.exp(G_last - G_i) * k_norm
-        k_dot_z = tl.zeros([C], tl.float32)
-        state_dot = 0.0
-        D_tile = matrix_tile(D, own, 0, C, C, C, C, TMA)
-        dq_t = tl.dot(tl.trans(k_tile), tl.trans(D_tile), acc=dq_t, input_precision=PRECISION)
+        D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
+        F_tile = load_state(F + own * (C * C), 0, C, C, C, C, False)
         dk_t = tl.dot(tl.trans(q_tile), D_tile, acc=dk_t, input_precision=PRECISION)
-        F_tile = matrix_tile(F, own, 0, C, C, C, C, TMA)
         dk_t = tl.dot(tl.trans(k_tile), F_tile, acc=dk_t, input_precision=PRECISION)
         dk_t = tl.dot(tl.trans(k_tile), tl.trans(F_tile), acc=dk_t, input_precision=PRECISION)
+        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
+        G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
+        through_s = tl.zeros([BK, C], tl.float32)
+        through_ds = tl.zeros([BK, C], tl.float32)
+        state_dot = 0.0
         for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
             S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
-            dS = matrix_tile(dh, own, i_v, K, V, BK, BV, TMA)
-            do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
             dR = token_tile(dv, row, hv, i_v, n_rows, HV * V, V, V, BV, C, TMA)
+            through_s = tl.dot(S, tl.trans(dR), acc=through_s, input_precision=PRECISION)
+            dS = matrix_tile(dh, own, i_v, K, V, BK, BV, TMA)
             U_tile = matrix_tile(U, own, i_v, C, V, C, BV, TMA)
-            do_scaled = ((scale * gamma * q_norm)[:, None] * do_tile.to(tl.float32)).to(dtype)
-            dq_t = tl.dot(S, tl.trans(do_scaled), acc=dq_t, input_precision=PRECISION)
-            dR_scaled = (-(gamma * k_norm)[:, None] * dR.to(tl.float32)).to(dtype)
-            dk_t = tl.dot(S, tl.trans(dR_scaled), acc=dk_t, input_precision=PRECISION)
-            U_scaled = u_scale[:, None] * U_tile.to(tl.float32)
-            dk_t = tl.dot(dS, tl.trans(U_scaled.to(dtype)), acc=dk_t, input_precision=PRECISION)
+            through_ds = tl.dot(dS, tl.trans(U_tile), acc=through_ds, input_precision=PRECISION)
             if dg is not None:
-                k_dot_z += tl.sum(U_scaled * tl.dot(k_tile, dS, input_precision=PRECISION), 1)
                 state_dot += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+        through_ds *= (tl.exp(G_last - G_i) * k_norm)[None, :]
+        dk_t += through_ds - through_s * (tl.exp(G_i) * k_norm)[None, :]
         if dg is not None:
+            k_dot_z = tl.sum(tl.trans(k_tile).to(tl.float32) * through_ds, 0)
             dG_i = tl.load(dG + own * C + i_c) - k_dot_z
             dG_i += tl.where(i_c == C - 1, tl.exp(G_last) * state_dot + tl.sum(k_dot_z, 0), 0.0)
             _store_gate_gradients(
-                dG_i,
-                g,
-                A_log,
-                dt_bias,
-                dg,
-                dA_part,
-                ddt_part,
-                row,
-                n_rows,
-                chunk,
-                hv,
-                stride_gt,
-                stride_gh,
-                HV,
-                C,
-                GATE,
-            )
+                dG_i, g, A_log, dt_bias, dg, dA_part, ddt_part, row, n_rows, chunk, hv, stride_gt, stride_gh,
+                HV, C, GATE,
+            )  # fmt: skip
     if rk is not None:
-        # Loaded again: the tiles above are in shared memory, and would take registers all along.
-        q_again = token_tile(q, row, hk, 0, n_rows, stride_qt, stride_qh, K, BK, C, TMA)
-        dq_t = _norm_gradient(dq_t, tl.trans(q_again), tl.load(rq + (chunk * H + hk) * C + i_c))
-    store_rows(dq + (row * H + hk) * K, tl.trans(dq_t), 0, n_rows, H * K, K, BK, C)
-    if rk is not None:
-        k_again = token_tile(k, row, hk, 0, n_rows, stride_kt, stride_kh, K, BK, C, TMA)
-        dk_t = _norm_gradient(dk_t, tl.trans(k_again), tl.load(rk + (chunk * H + hk) * C + i_c))
+        dk_t = _norm_gradient(dk_t, tl.trans(k_tile), k_norm)
     store_rows(dk + (row * H + hk) * K, tl.trans(dk_t), 0, n_rows, H * K, K, BK, C)
