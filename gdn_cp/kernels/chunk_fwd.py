@@ -57,14 +57,15 @@ def _row_factors(
     return G, G_last, beta, rk, rq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slice_chunks"])
 def _chain_kernel(
     q_ptr, k_ptr, v_ptr, X_ptr, Yt_ptr, G_ptr, bt_ptr, rq_ptr, rk_ptr, pieces_ptr, initial_ptr, starts_ptr,
-    o_ptr, final_ptr, sums_ptr,
-    scale, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    o_ptr, final_ptr, sums_ptr, checkpoints_ptr,
+    slice_chunks, scale, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     STATE_K: tl.constexpr, STATE_V: tl.constexpr, NORM: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    HAS_STARTS: tl.constexpr, STORE_FINAL: tl.constexpr, SUMMARY: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
+    HAS_STARTS: tl.constexpr, STORE_FINAL: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, SUMMARY: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece p, value head hv, column block b), b fastest.
@@ -126,6 +127,10 @@ def _chain_kernel(
         part = (chunk + step) * HV + hv
         first = row.to(tl.int32) + step * 64
         valid = i[:, None] < end - first
+        if CHECKPOINTS:
+            if (chunk + step) % slice_chunks == 0:
+                checkpoint = checkpoints_ptr + ((chunk + step) // slice_chunks * HV + hv) * (K * V)
+                tl.store(checkpoint + d[:, None] * V + e[None, :], S, mask=state_mask)
         k_factor = tl.exp(G) * rk
         q_factor = tl.exp(G) * rq * scale
         beta_now = beta
@@ -279,13 +284,14 @@ class _Walk:
 
     def launch(
         self, *, starts: Tensor | None = None, o: Tensor | None = None, final: Tensor | None = None,
-        sums: Tensor | None = None,
+        sums: Tensor | None = None, checkpoints: Tensor | None = None, slice_chunks: int = 0,
     ) -> None:  # fmt: skip
         """Walk over all pieces: from `starts` into `o` and `final`, or for the summaries into `sums`."""
         blocks = triton.cdiv(self.V, self.block_v) + (0 if sums is None else triton.cdiv(self.K, self.block_v))
         _chain_kernel[(self.tables.num_pieces * self.HV * blocks,)](
-            *self.inputs, starts, o, final, sums, *self.numbers, **self.constants,
-            HAS_STARTS=starts is not None, STORE_FINAL=final is not None, SUMMARY=sums is not None,
+            *self.inputs, starts, o, final, sums, checkpoints, slice_chunks, *self.numbers, **self.constants,
+            HAS_STARTS=starts is not None, STORE_FINAL=final is not None,
+            CHECKPOINTS=checkpoints is not None, SUMMARY=sums is not None,
             num_warps=self.config.num_warps, num_stages=self.config.num_stages,
         )  # fmt: skip
 
@@ -315,10 +321,13 @@ def chain_forward(
     output_final_state: bool,
     state_v_first: bool,
     launch: ChainLaunch | None = None,
+    checkpoints: Tensor | None = None,
+    slice_chunks: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Outputs [B, T, HV, V] in v's dtype and, if asked for, final states, float32 in the layout of `initial_state`.
 
     `prepared` and `tables` belong to the same batch; q, k, v need a contiguous last dimension and evenly spaced rows.
+    `checkpoints` [ceil(NT / slice_chunks), HV, K, V] float32 receives the states before chunks 0, slice_chunks, ...
     """
     launch = launch or chain_config(q.device, q.dtype, q.shape[3], v.shape[3])
     B, T, HV, V = v.shape
@@ -330,7 +339,7 @@ def chain_forward(
     walk = _Walk(q, k, v, prepared, tables, scale, initial, state_v_first, launch)
     if tables.num_pieces:
         starts = walk.piece_states() if tables.num_pieces > N else None
-        walk.launch(starts=starts, o=o, final=final)
+        walk.launch(starts=starts, o=o, final=final, checkpoints=checkpoints, slice_chunks=slice_chunks)
     return o, final
 
 
@@ -359,18 +368,31 @@ def _chain_case(kind: str, dim: int, block_v: int, summary: bool, main: bool) ->
         launch = ChainLaunch(block_v=block_v, num_stages=2, tma=True)
     blocks = {"q_ptr": [64, dim], "k_ptr": [64, dim], "v_ptr": [64, block_v], "X_ptr": [dim, 64], "Yt_ptr": [64, 64]}
     tiles = {name: f"tensordesc<{kind}{block}>" if launch.tma else f"*{kind}" for name, block in blocks.items()}
-    floats = dict.fromkeys(("G_ptr", "bt_ptr", "rq_ptr", "rk_ptr", "final_ptr", "initial_ptr", "sums_ptr"), "*fp32")
+    floats = dict.fromkeys(
+        (
+            "G_ptr",
+            "bt_ptr",
+            "rq_ptr",
+            "rk_ptr",
+            "final_ptr",
+            "initial_ptr",
+            "sums_ptr",
+            "checkpoints_ptr",
+        ),
+        "*fp32",
+    )
     strides = ("stride_qt", "stride_qh", "stride_kt", "stride_kh", "stride_vt", "stride_vh")
     return CompileCase(
         name=f"chunk_fwd.{'summary' if summary else 'chain'}/{kind}/K{dim}/BV{block_v}",
         kernel=_chain_kernel,
         signature=tiles
         | floats
-        | {"o_ptr": f"*{kind}", "pieces_ptr": "*i32", "scale": "fp32"}
+        | {"o_ptr": f"*{kind}", "pieces_ptr": "*i32", "scale": "fp32", "slice_chunks": "i32"}
         | dict.fromkeys(strides, "i32"),
         constexprs={
             "starts_ptr": None, "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "BV": block_v, "STATE_K": dim,
-            "STATE_V": 1, "NORM": True, "HAS_INITIAL": True, "HAS_STARTS": False, "STORE_FINAL": not summary,
+            "STATE_V": 1, "NORM": True, "HAS_INITIAL": True, "HAS_STARTS": False, "CHECKPOINTS": not summary,
+            "STORE_FINAL": not summary,
             "SUMMARY": summary, "TMA": launch.tma, "DOT": launch.precision, "STAGES": launch.num_stages,
         },
         num_warps=launch.num_warps,

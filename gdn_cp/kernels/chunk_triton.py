@@ -5,7 +5,7 @@
 
 Two operations, `gdn_cp::chunk_gated_delta_rule_fwd` and `_bwd`, are opaque to torch.compile and to activation
 checkpointing, and carry shapes for tracing. Kept for the backward: the inputs, the cumulative gate, beta as used, the
-inverse norms and the inverse of each chunk; nothing of size K * V per chunk.
+inverse norms and the inverse of each chunk, and for long batches a few states; nothing of size K * V per chunk.
 
 Dimensions: B batch, T tokens, H query/key heads, HV value heads, K, V head dims, N sequences, NT chunks (bound).
 """
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels.backends import DeltaRuleCall
+from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd, slice_chunks
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
 from gdn_cp.kernels.configs import chain_plan
@@ -57,6 +58,11 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
+def _checkpoints(num_chunks: int, length: int, HV: int, K: int, V: int) -> tuple[int, ...]:
+    """Shape of the states that a backward in slices of `length` chunks starts from."""
+    return (-(-num_chunks // length), HV, K, V) if length else (0,)
+
+
 @torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_fwd", mutates_args=())
 def _forward(
     q: Tensor,
@@ -74,8 +80,8 @@ def _forward(
     use_gate_in_kernel: bool,
     use_beta_sigmoid_in_kernel: bool,
     state_v_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final state, G, bt, rq, rk, Ag); a tensor without elements stands for None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state, G, bt, rq, rk, Ag, checkpoints); a tensor without elements stands for None."""
     (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)  # pyright: ignore[reportAssignmentType]
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -95,6 +101,8 @@ def _forward(
         use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
     )
+    length = slice_chunks(tables.num_chunks, HV, K, V, q.element_size())
+    checkpoints = q.new_empty(_checkpoints(tables.num_chunks, length, HV, K, V), dtype=torch.float32)
     o, final = chain_forward(
         q,
         k,
@@ -106,10 +114,12 @@ def _forward(
         output_final_state=output_final_state,
         state_v_first=state_v_first,
         launch=launch,
+        checkpoints=checkpoints if length else None,
+        slice_chunks=length,
     )
     kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
     G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)
-    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag
+    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints
 
 
 @_forward.register_fake
@@ -137,6 +147,7 @@ def _(
         float32(*norms),
         float32(*norms),
         q.new_empty((NT, HV, CHUNK, CHUNK)),
+        float32(*_checkpoints(NT, slice_chunks(NT, HV, K, V, q.element_size()), HV, K, V)),
     )
 
 
@@ -154,6 +165,7 @@ def _backward(
     rq: Tensor,
     rk: Tensor,
     Ag: Tensor,
+    checkpoints: Tensor,
     scale: float,
     initial_state: Tensor | None,
     A_log: Tensor | None,
@@ -166,8 +178,6 @@ def _backward(
     need_dh0: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None."""
-    from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd
-
     norm = use_qk_l2norm_in_kernel
     gradients = chunk_gated_delta_rule_bwd(
         do if do.stride(-1) == 1 else do.contiguous(),
@@ -188,6 +198,7 @@ def _backward(
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         state_v_first=state_v_first,
         need_dh0=need_dh0,
+        checkpoints=checkpoints if checkpoints.numel() else None,
     )
     dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = (_absent(q) if x is None else x for x in gradients)
     return dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias
@@ -195,7 +206,7 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    do, dht, q, k, v, g, beta, G, bt, rq, rk, Ag, scale, initial_state, A_log, dt_bias, cu_seqlens,
+    do, dht, q, k, v, g, beta, G, bt, rq, rk, Ag, checkpoints, scale, initial_state, A_log, dt_bias, cu_seqlens,
     use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, need_dh0,
 ):  # fmt: skip
     HV, N = v.shape[2], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -229,7 +240,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, G, bt, rq, rk, Ag = ctx.saved_tensors
+    q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *kept = ctx.saved_tensors
     if do is None:
         do = torch.zeros_like(v, memory_format=torch.contiguous_format)
     dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = _backward(
@@ -240,11 +251,7 @@ def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tupl
         v,
         g,
         beta,
-        G,
-        bt,
-        rq,
-        rk,
-        Ag,
+        *kept,
         ctx.scale,
         initial_state,
         A_log,

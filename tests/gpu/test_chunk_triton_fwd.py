@@ -1,7 +1,7 @@
 """Forward of the Triton delta rule on a GPU: bfloat16 and float16 against float64, and what only the GPU path has.
 
-Tolerance: operands of the products are rounded to 8 (bfloat16) or 11 bits, a relative error of 2^-9 or 2^-12 each on average;
-products of three such factors and the rounding of the result make four roundings.
+Tolerance: operands of the products are rounded to 8 (bfloat16) or 11 bits, a relative error of at most 2^-9 or 2^-12
+each; products of three such factors and the rounding of the result make four roundings.
 """
 
 import pytest
@@ -89,7 +89,7 @@ def test_nan_in_one_sequence_stays_there():
 
 
 def test_offsets_beyond_31_bits():
-    """A million tokens of 32 heads: 2^32 elements of v. The state is started anew near the end, which is then checked."""
+    """A million tokens of 32 heads, 2^32 elements of v: a second sequence near the end, which is checked by itself."""
     T, start = 2**20, 2**20 - 500
     cu = torch.tensor([0, start, T], device="cuda", dtype=torch.int32)
     inputs = make_inputs(T, 16, 32, 128, 128, N=2)
