@@ -15,9 +15,8 @@ Case = tuple[str, list[int], int]
 """Layout kind ("zigzag", "contiguous", or "batched" for contiguous cuts of each sequence), boundaries, a2a_size."""
 
 
-# A few worlds of many random cases each, of which Hypothesis makes the first a trivial one. A failure names its case, so
-# it need not be made smaller by more worlds.
-few_worlds = settings(max_examples=3, deadline=None, phases=[Phase.generate])
+# A few worlds of many random cases each. A failure names its case, so it need not be made smaller by more worlds.
+few_worlds = settings(max_examples=2, deadline=None, phases=[Phase.generate])
 
 
 def divisors(size: int) -> list[int]:
@@ -33,7 +32,7 @@ def build(kind: str, cu: list[int], cp_size: int) -> ThdLayout:
 @st.composite
 def packs(draw, cp_size: int, kind: str) -> list[int]:
     """Boundaries for `cp_size` ranks: zero-length and very short sequences, chunks of one token, some long ones."""
-    counts = draw(st.lists(st.one_of(st.integers(0, 2), st.integers(3, 12)), min_size=1, max_size=4))
+    counts = draw(st.lists(st.one_of(st.integers(3, 12), st.integers(0, 2)), min_size=1, max_size=4))
     if kind == "zigzag":
         lengths = [2 * cp_size * n for n in counts]
     elif kind == "batched":

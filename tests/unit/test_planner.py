@@ -1,0 +1,157 @@
+"""The planner: its geometry against the layout, its bytes against what travels, its choices and its command."""
+
+from __future__ import annotations
+
+import doctest
+import json
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdn_cp import GdnDims
+from gdn_cp import plan as plan_command
+from gdn_cp.comm import planner
+from gdn_cp.comm.halo import halo_routes
+from gdn_cp.comm.planner import Machine, Prediction, plan
+from gdn_cp.comm.states import state_routes
+from tests.state_cases import build, divisors, packs
+
+DIMS = GdnDims(16, 32, 128, 128)
+
+
+def test_docstring_examples():
+    assert doctest.testmod(planner).failed == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_bytes_are_at_least_what_travels_and_not_much_more(data):
+    world, kind = data.draw(st.sampled_from([2, 4, 8])), data.draw(st.sampled_from(["zigzag", "contiguous", "batched"]))
+    dims = GdnDims(8, 16, 8, 4)
+    cu = data.draw(packs(world, kind))
+    layout = build(kind, cu, world)
+    for prediction in plan(cu, world, dims, kind=kind).predictions:
+        a2a_size = prediction.a2a_size
+        heads, groups = 16 // a2a_size, world // a2a_size
+        sent, halo = [], []
+        for g in range(groups):
+            routes = state_routes(layout, a2a_size, g, heads)
+            away = [c for c in range(groups) if c != g]
+            members = {name: getattr(routes, name) for name in ("leaving", "entering", "transfer")}
+            out = {name: sum(route.to_composers[c] for c in away) for name, route in members.items()}
+            back = {name: sum(route.from_members[c] for c in away) for name, route in members.items()}
+            states = out["leaving"] + out["entering"] + back["entering"] + back["leaving"]
+            sent.append(4 * 8 * (4 * states + 8 * out["transfer"]))
+            rows = halo_routes(layout, a2a_size, g, 4).send_counts
+            halo.append(2 * sum(rows) * (2 * 8 * 8 + 16 * 4) // a2a_size)
+        # The model takes even shares of the composing; a rank's share differs by less than two chains' states.
+        slack = 8 * 8 * 4 * 4 * groups + 4 * 8 * 8 * heads
+        assert abs(prediction.state_bytes - max(sent)) <= slack + prediction.state_bytes / 2
+        assert (prediction.state_bytes > 0) == (max(sent) > 0) == (prediction.state_us > 0)
+        # A halo counts at its full width, which short sequences do not have; it goes out and its gradient back.
+        assert prediction.halo_bytes >= max(halo)
+        tokens = 2 * (2 * 8 * 8 + 2 * 16 * 4 + 2 * 16) * cu[-1] // world * 2 * (a2a_size - 1) // a2a_size
+        assert prediction.exchange_bytes == tokens
+
+
+def test_long_sequences_take_states_and_many_short_ones_the_exchange():
+    for machine in planner.machine_names():
+        for tokens in (65536, 262144):
+            assert plan([0, tokens], 4, DIMS, machine=machine).a2a_size == 1
+        assert plan([0, *accumulate([1024] * 64)], 4, DIMS, machine=machine).a2a_size == 4
+
+
+def test_several_nodes_take_the_exchange_inside_a_node():
+    # 32 ranks on 4 nodes, and enough sequences that one rank alone would send many states: only states between nodes.
+    chosen = plan([0, *accumulate([65536] * 16)], 32, replace(DIMS, num_k_heads=32), machine="h200")
+    assert 1 < chosen.a2a_size <= 8
+
+
+def test_only_sizes_that_divide_the_heads():
+    odd = plan([0, 4096], 4, GdnDims(3, 6, 64, 64))
+    assert odd.a2a_size == 1
+    assert [p.a2a_size for p in odd.predictions if p.refusal is None] == [1]
+    assert "3/6 heads do not divide by 2" in odd.reason
+    assert [p.a2a_size for p in plan([0, 4096], 8, DIMS).predictions] == divisors(8)
+
+
+def test_one_rank_and_empty_batches_have_a_plan():
+    alone = plan([0, 100], 1, DIMS)
+    assert (alone.a2a_size, alone.predictions[0].exchange_bytes, alone.predictions[0].state_bytes) == (1, 0, 0)
+    assert "the only possible size" in alone.reason
+    assert plan([0, 0, 0], 4, DIMS).a2a_size == 1
+    # No sequence is cut: nothing to pass, so nothing to exchange either.
+    whole = plan([0, 4096, 8192], 2, DIMS, kind="contiguous")
+    assert (whole.a2a_size, whole.predictions[0].state_us) == (1, 0.0)
+
+
+def test_same_arguments_same_plan():
+    assert plan([0, 8192, 65536], 8, DIMS) == plan((0, 8192, 65536), 8, replace(DIMS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cu_seqlens": [0, 30]}, r"sequence 0 has length 30, not divisible by 2\*cp_size = 8"),
+        ({"cu_seqlens": [0, 30], "kind": "contiguous"}, "30 tokens, not divisible by cp_size = 4"),
+        ({"kind": "spiral"}, "kind: got 'spiral'; choose one of 'zigzag', 'contiguous', 'batched'"),
+        (
+            {"machine": "abacus"},
+            "machine: got 'abacus'; choose one of .*'default', 'h200'.* or the path of a JSON file",
+        ),
+    ],
+)
+def test_refusals(change, message):
+    arguments = {"cu_seqlens": [0, 64], "cp_size": 4, "dims": DIMS} | change
+    with pytest.raises(ValueError, match=message):
+        plan(**arguments)
+
+
+def test_machine_of_a_file(tmp_path):
+    slow = replace(Machine.named("default"), description="slow network", link_gb_per_s=1.0)
+    path = tmp_path / "slow.json"
+    path.write_text(json.dumps(slow.__dict__))
+    assert Machine.named(str(path)) == slow
+    # At 1 GB/s the exchange of 1024 tokens a rank costs more than the states of four sequences.
+    lengths = [0, *accumulate([1024] * 4)]
+    assert plan(lengths, 4, DIMS, machine=str(path)).a2a_size == plan(lengths, 4, DIMS, machine=slow).a2a_size
+    path = tmp_path / "short.json"
+    path.write_text('{"description": "no numbers"}')
+    with pytest.raises(ValueError, match="has the keys"):
+        Machine.named(str(path))
+
+
+def test_command_prints_every_choice_and_why(capsys):
+    assert plan_command.main(["--cu-seqlens", "0,65536", "--cp", "8", "--heads", "16/32"]) == 0
+    out = capsys.readouterr().out
+    assert "65536 tokens, 1 sequences, cp 8, zigzag" in out
+    assert "a2a_size 1: states only" in out
+    for a2a_size in (2, 4, 8):
+        assert f" {a2a_size} " in out
+
+
+def test_command_without_rich(capsys, monkeypatch):
+    monkeypatch.setattr(plan_command, "find_spec", lambda name: None)
+    arguments = ["--lengths", "4096,4096", "--cp", "2", "--heads", "3/6", "--head-dims", "64", "--machine", "h200"]
+    assert plan_command.main(arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[0] == "a2a_size"
+    assert lines[2].split()[:2] == ["1", "<-"]
+    assert lines[3].split() == ["2", *["-"] * 8]
+    assert "3/6 heads do not divide by 2" in lines[-1]
+
+
+def test_command_in_json(capsys):
+    assert plan_command.main(["--cu-seqlens", "0,65536", "--cp", "4", "--heads", "16/32", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    made = plan([0, 65536], 4, DIMS)
+    assert printed["a2a_size"] == made.a2a_size
+    assert [Prediction(**p) for p in printed["predictions"]] == list(made.predictions)
+
+
+def test_command_refuses_with_the_reason(capsys):
+    assert plan_command.main(["--lengths", "30", "--cp", "4", "--heads", "16/32"]) == 2
+    assert "not divisible by 2*cp_size = 8" in capsys.readouterr().err
