@@ -21,7 +21,7 @@ NT chunks (bound), NP pieces (bound).
 from __future__ import annotations
 
 # ruff: noqa: SIM102, SIM108  (an if on a tl.constexpr is decided when the kernel is compiled, `and` or a ternary is not)
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_prepare import Prepared
-from gdn_cp.kernels.configs import ChainLaunch, chain_config
+from gdn_cp.kernels.configs import ChainLaunch, chain_config, options
 from gdn_cp.kernels.tables import ChunkTables
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _merge_kernel(
         tl.store(start + d[:, None] * V + e[None, :], S, mask=mask)
         tl.debug_barrier()
         S = S_ext
-        for first in tl.range(0, K, BR, num_stages=STAGES):
+        for first in tl.range(0, K, BR, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
             M = tl.load(
                 sums + d[:, None] * width + (V + first + r)[None, :],
                 mask=(d[:, None] < K) & (first + r[None, :] < K) & (step < left),
@@ -234,6 +234,11 @@ def _merge_kernel(
                 other=0.0,
             )
             S = tl.dot(M, rows, S, input_precision="ieee")
+
+
+def _power_of_2(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << (n - 1).bit_length()
 
 
 def _tma_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -270,13 +275,29 @@ class _Walk:
     ) -> None:  # fmt: skip
         self.H, self.HV, self.K, self.V = q.shape[2], v.shape[2], q.shape[3], v.shape[3]
         self.tables, self.config, self.device = tables, launch, q.device
-        self.block_v = min(launch.block_v, max(16, triton.next_power_of_2(self.V)))
+        self.block_v: int = min(launch.block_v, max(16, _power_of_2(self.V)))
         self.tma = launch.tma and _tma_fits(q, k, v)
         inputs = _descriptors(q, k, v, prepared, self.block_v) if self.tma else (q, k, v, prepared.X, prepared.Yt)
-        self.inputs = (*inputs, prepared.G, prepared.bt, prepared.rq, prepared.rk, tables.pieces, initial)
-        self.numbers = (scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2))
+        self.inputs: tuple[Any, ...] = (
+            *inputs,
+            prepared.G,
+            prepared.bt,
+            prepared.rq,
+            prepared.rk,
+            tables.pieces,
+            initial,
+        )
+        self.numbers: tuple[Any, ...] = (
+            scale,
+            q.stride(1),
+            q.stride(2),
+            k.stride(1),
+            k.stride(2),
+            v.stride(1),
+            v.stride(2),
+        )
         self.constants = {
-            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": triton.next_power_of_2(self.K),
+            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": _power_of_2(self.K),
             "BV": self.block_v, "STATE_K": 1 if state_v_first else self.V, "STATE_V": self.K if state_v_first else 1,
             "NORM": prepared.rk is not None, "HAS_INITIAL": initial is not None, "TMA": self.tma,
             "DOT": launch.precision, "STAGES": launch.num_stages,
@@ -288,11 +309,13 @@ class _Walk:
     ) -> None:  # fmt: skip
         """Walk over all pieces: from `starts` into `o` and `final`, or for the summaries into `sums`."""
         blocks = triton.cdiv(self.V, self.block_v) + (0 if sums is None else triton.cdiv(self.K, self.block_v))
+        arguments = [*self.inputs, starts, o, final, sums, checkpoints, slice_chunks, *self.numbers]
         _chain_kernel[(self.tables.num_pieces * self.HV * blocks,)](
-            *self.inputs, starts, o, final, sums, checkpoints, slice_chunks, *self.numbers, **self.constants,
-            HAS_STARTS=starts is not None, STORE_FINAL=final is not None,
-            CHECKPOINTS=checkpoints is not None, SUMMARY=sums is not None,
-            num_warps=self.config.num_warps, num_stages=self.config.num_stages,
+            *arguments, **self.constants,
+            **options(
+                self.config.num_warps, self.config.num_stages, HAS_STARTS=starts is not None,
+                STORE_FINAL=final is not None, CHECKPOINTS=checkpoints is not None, SUMMARY=sums is not None,
+            ),
         )  # fmt: skip
 
     def piece_states(self) -> Tensor:
@@ -303,8 +326,10 @@ class _Walk:
         self.launch(sums=sums)
         block_v = 8
         _merge_kernel[(NP * HV * triton.cdiv(V, block_v),)](
-            sums, starts, self.tables.pieces, HV=HV, K=K, V=V, BK=triton.next_power_of_2(K), BV=block_v,
-            BR=min(32, triton.next_power_of_2(K)), STAGES=4, num_warps=8, num_stages=4,
+            sums, starts, self.tables.pieces, **options(
+                8, 4, HV=HV, K=K, V=V, BK=_power_of_2(K), BV=block_v,
+                BR=min(32, _power_of_2(K)), STAGES=4,
+            ),
         )  # fmt: skip
         return starts
 

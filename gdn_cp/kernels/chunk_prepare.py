@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.configs import Launch, prepare_config
+from gdn_cp.kernels.configs import Launch, options, prepare_config
 from gdn_cp.kernels.tables import CHUNK, ChunkTables
 
 if TYPE_CHECKING:
@@ -378,10 +378,12 @@ def prepare(
             NT * HV, k.stride(1), k.stride(2),
             *((0, 0) if g is None else (g.stride(1), g.stride(2))),
             *((0, 0) if beta is None else (beta.stride(1), beta.stride(2))),
-            H=H, HV=HV, K=K, BK=min(triton.next_power_of_2(K), launch.solve_block), EPS=NORM_EPS,
+            **options(
+            launch.solve_warps, 1, launch.solve_registers, H=H, HV=HV, K=K,
+            BK=min(triton.next_power_of_2(K), launch.solve_block), EPS=NORM_EPS,
             HAS_G=g is not None, HAS_BETA=beta is not None, GATE=use_gate_in_kernel, HAS_BIAS=dt_bias is not None,
             SIGMOID=use_beta_sigmoid_in_kernel, NORM=use_qk_l2norm_in_kernel, PRECISION=launch.solve_precision,
-            DOT=launch.precision, num_warps=launch.solve_warps, num_stages=1, maxnreg=launch.solve_registers,
+            DOT=launch.precision),
         )  # fmt: skip
     prepared = Prepared(G, bt, rq, rk, Ag)
     X, Yt = _products(q, k, prepared, tables, scale, True, 0, NT, store_rq=True, launch=launch)
@@ -417,9 +419,10 @@ def _products(
         _products_kernel[(num_chunks * H,)](
             q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
-            H=H, HV=HV, K=K, BK=triton.next_power_of_2(K), EPS=NORM_EPS, NORM=prepared.rk is not None,
-            STORE_RQ=store_rq, WITH_Y=with_y, DOT=launch.precision,
-            num_warps=launch.products_warps, num_stages=launch.products_stages,
+            **options(
+            launch.products_warps, launch.products_stages, H=H, HV=HV, K=K, BK=triton.next_power_of_2(K),
+            EPS=NORM_EPS, NORM=prepared.rk is not None,
+            STORE_RQ=store_rq, WITH_Y=with_y, DOT=launch.precision),
         )  # fmt: skip
     return X, Yt
 

@@ -45,10 +45,8 @@ def unsupported(call: DeltaRuleCall) -> str | None:
     return None
 
 
-def _even_rows(x: Tensor | None) -> Tensor | None:
+def _even_rows(x: Tensor) -> Tensor:
     """x [B, T, ...] with a contiguous last dimension and rows b*T + t at even distances; a copy only where needed."""
-    if x is None:
-        return None
     even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
     return x if even and x.stride(-1) == 1 else x.contiguous()
 
@@ -83,15 +81,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, G, bt, rq, rk, Ag, checkpoints); a tensor without elements stands for None."""
     (B, T, HV, V), K = v.shape, q.shape[3]
-    q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)  # pyright: ignore[reportAssignmentType]
+    q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
     launch, cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V)
     tables = chunk_tables(B, T, cu_seqlens, q.device, cut)
     prepared = prepare(
         q,
         k,
-        _even_rows(g),
-        _even_rows(beta),
+        None if g is None else _even_rows(g),
+        None if beta is None else _even_rows(beta),
         tables,
         scale=scale,
         num_v_heads=HV,
@@ -185,8 +183,8 @@ def _backward(
         _even_rows(q),
         _even_rows(k),
         _even_rows(v),
-        _even_rows(g),
-        _even_rows(beta),
+        None if g is None else _even_rows(g),
+        None if beta is None else _even_rows(beta),
         Prepared(G, bt, rq if norm else None, rk if norm else None, Ag),
         cu_seqlens,
         scale=scale,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -38,6 +39,11 @@ class ChainLaunch:
     num_warps: int = 4
     num_stages: int = 2
     tma: bool = False
+
+
+def options(num_warps: int, num_stages: int, maxnreg: int | None = None, **constants: Any) -> dict[str, Any]:
+    """Keywords of a launch: the compiler's options and the kernel's constants; type checkers know neither."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, **constants}
 
 
 def capability(device: torch.device) -> int:

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_cp.kernels.configs import options
+
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
 
@@ -163,7 +165,7 @@ def chunk_tables(
 def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.device, piece_chunks: int) -> ChunkTables:
     if cu_seqlens is None:
         n_seq = batch
-        n_chunks = batch * triton.cdiv(seqlen, CHUNK)
+        n_chunks = batch * -(-seqlen // CHUNK)
     else:
         n_seq = cu_seqlens.numel() - 1
         n_chunks = (seqlen + (CHUNK - 1) * n_seq) // CHUNK
@@ -173,7 +175,7 @@ def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.dev
     if n_seq:
         _tables_kernel[(n_seq,)](
             cu_seqlens, chunks, pieces, seqlen, n_seq, n_chunks, n_pieces, piece_chunks or 2**30,
-            VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024, num_warps=4,
+            **options(4, 1, VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024),
         )  # fmt: skip
     return ChunkTables(chunks, pieces, n_seq)
 
