@@ -17,6 +17,7 @@ from gdn_cp.comm import packing
 from gdn_cp.comm.all_to_all import cp_to_hp, hp_to_cp
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
 from tests import brute_force_exchange as brute
+from tests.state_cases import group_rows
 from tests.unit.test_layout import batches, build
 
 SECTIONS = (8, 4, 12)
@@ -218,6 +219,32 @@ def test_exchange_equals_brute_force_on_every_rank(run_ranks, world):
     for rank, found in enumerate(run_ranks(check_all, world)):
         assert [key for key, right in found.items() if not right] == [], f"rank {rank}"
         assert len(found) > 40
+
+
+def exchange_in_groups(rank: int, world: int) -> dict[str, bool]:
+    """All a2a_sizes: columns of the rank's share, rows of the group's segments; back again; the gradient likewise."""
+    found = {}
+    for name, (cu, kind) in BATCHES.items():
+        made = build(kind, cu, world)
+        x = torch.arange(cu[-1] * 8, dtype=torch.float64).view(-1, 8)
+        for a2a_size in (1, 2, 4):
+            local = made.shard(x, rank).requires_grad_()
+            rows = group_rows(made, a2a_size, rank // a2a_size)
+            wide = [part.chunk(a2a_size, 1)[rank % a2a_size] for part in x[rows].split([4, 4], 1)]
+            parts = cp_to_hp(local, made, dist.group.WORLD, sections=(4, 4), a2a_size=a2a_size)
+            back = hp_to_cp(parts, made, dist.group.WORLD, a2a_size=a2a_size)
+            (gradient,) = torch.autograd.grad(parts, local, wide)
+            case = f"{name}, a2a_size {a2a_size}"
+            found[case] = all(torch.equal(a, b) for a, b in zip(parts, wide, strict=True))
+            found[f"{case} and back"] = torch.equal(torch.cat(back, 1), local)
+            found[f"{case}, gradient"] = torch.equal(gradient, local)
+    return found
+
+
+def test_exchange_inside_groups_of_neighbours(run_ranks):
+    for found in run_ranks(exchange_in_groups, 4):
+        assert len(found) == 36
+        assert all(found.values()), found
 
 
 def refused_calls(rank: int, world: int) -> dict[str, str]:
