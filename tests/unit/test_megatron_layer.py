@@ -57,7 +57,7 @@ def config_of(**changed: Any):
     return config
 
 
-def megatrons_own(config: Any, patch: pytest.MonkeyPatch) -> Any:
+def megatrons_own(config: Any, patch: pytest.MonkeyPatch, conv_bias: bool = True) -> Any:
     """Megatron's GatedDeltaNet, made to work without flash-linear-attention by a torch l2norm."""
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -74,7 +74,7 @@ def megatrons_own(config: Any, patch: pytest.MonkeyPatch) -> Any:
         config,
         module.GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear),
         layer_number=1,
-        conv_bias=True,
+        conv_bias=conv_bias,
         pg_collection=ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"]),
     )
 
