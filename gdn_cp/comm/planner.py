@@ -185,6 +185,7 @@ def _load_machine(name: str) -> Machine:
 class _Geometry:
     """What the groups of one a2a_size own, as arrays with one entry per group; `longest` is over all."""
 
+    segments: np.ndarray
     chunks: np.ndarray  # chunks of all segments
     summarised: np.ndarray  # of those that someone needs a summary of, or a gradient
     leaving: np.ndarray  # segments whose final state someone needs
@@ -243,8 +244,8 @@ class _Model:
         # As a composer a rank has its share of all chains, and sends a state forward and a gradient back for each step.
         as_composer = 2 * int(at.entering.sum()) * state // groups
         sent = (int(as_member.max(initial=0)) + as_composer) * (groups - 1) // groups
-        kept = int(at.entering.max(initial=0)) * state + int(at.both.sum()) * transfer // groups
-        return sent, kept
+        kept = int(at.segments.max(initial=0)) * state + int(at.both.sum()) * transfer // groups
+        return sent, kept if at.steps else 0
 
     def _state_us(self, at: _Geometry, sent: int) -> float:
         if not at.steps:
@@ -285,6 +286,7 @@ def _geometry(runs: Runs) -> _Geometry:
         return np.bincount(part, weights=values, minlength=parts).astype(np.int64)
 
     return _Geometry(
+        segments=np.diff(runs.offsets),
         chunks=per_part(chunks),
         summarised=per_part(chunks * (entering | leaving)),
         leaving=per_part(leaving),

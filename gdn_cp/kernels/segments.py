@@ -210,17 +210,9 @@ class RuleBackward:
         (grad,) = torch.autograd.grad(self.outputs[0], self.states, self.d_output, retain_graph=True)
         return grad
 
-    def finish(self, d_final: Tensor | None) -> tuple[Tensor, ...]:
+    def finish(self, d_final: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of the wanted inputs, given those of the final states [n, HV, K, V]; frees the graph."""
-        outputs, grads = (
-            (self.outputs, (self.d_output, d_final))
-            if d_final is not None
-            else (
-                self.outputs[:1],
-                (self.d_output,),
-            )
-        )
-        return torch.autograd.grad(outputs, self.wanted, grads)
+        return torch.autograd.grad(self.outputs, self.wanted, (self.d_output, d_final))
 
 
 def begin_backward(

@@ -36,7 +36,7 @@ def test_bytes_are_at_least_what_travels_and_not_much_more(data):
     for prediction in plan(cu, world, dims, kind=kind).predictions:
         a2a_size = prediction.a2a_size
         heads, groups = 16 // a2a_size, world // a2a_size
-        sent, halo = [], []
+        sent, halo, kept = [], [], []
         for g in range(groups):
             routes = state_routes(layout, a2a_size, g, heads)
             away = [c for c in range(groups) if c != g]
@@ -45,11 +45,13 @@ def test_bytes_are_at_least_what_travels_and_not_much_more(data):
             back = {name: sum(route.from_members[c] for c in away) for name, route in members.items()}
             states = out["leaving"] + out["entering"] + back["entering"] + back["leaving"]
             sent.append(4 * 8 * (4 * states + 8 * out["transfer"]))
+            kept.append(4 * 8 * (4 * routes.segments * heads + 8 * sum(routes.active[1:])) if routes.travels else 0)
             rows = halo_routes(layout, a2a_size, g, 4).send_counts
             halo.append(2 * sum(rows) * (2 * 8 * 8 + 16 * 4) // a2a_size)
         # The model takes even shares of the composing; a rank's share differs by less than two chains' states.
         slack = 8 * 8 * 4 * 4 * groups + 4 * 8 * 8 * heads
         assert abs(prediction.state_bytes - max(sent)) <= slack + prediction.state_bytes / 2
+        assert abs(prediction.kept_bytes - max(kept)) <= slack
         assert (prediction.state_bytes > 0) == (max(sent) > 0) == (prediction.state_us > 0)
         # A halo counts at its full width, which short sequences do not have; it goes out and its gradient back.
         assert prediction.halo_bytes >= max(halo)
