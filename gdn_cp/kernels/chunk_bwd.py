@@ -20,7 +20,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
-from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
+from gdn_cp.kernels.chunk_bwd_local import (
+    dk_kernel,
+    dq_kernel,
+    gate_gradients_kernel,
+    scores_kernel,
+)
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
 from gdn_cp.kernels.configs import capability, dot_precision
 from gdn_cp.kernels.gate_triton import sum_partials
@@ -65,7 +70,7 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int) ->
     half = min(32, block_v)
     if not hopper:
         return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, 4, 2), (half, 4, 2))
-    return BackwardLaunch((block_v, 4, 3), (half, 4, 2), (block_v, 4, 2), (block_v, 4, 2), True)
+    return BackwardLaunch((block_v, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (block_v, 8, 3), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
@@ -129,7 +134,6 @@ def chunk_gated_delta_rule_bwd(
         "PRECISION": dot_precision(q.dtype),
     }  # fmt: skip
     factors = (prepared.G, prepared.bt, prepared.rq, prepared.rk)
-    gate_strides = (0, 0) if g is None else (g.stride(1), g.stride(2))
     initial_state = None if initial_state is None else initial_state.contiguous()
     dht = None if dht is None else dht.contiguous()
     starts = range(0, NT, size) if NT else range(1)
@@ -166,11 +170,14 @@ def chunk_gated_delta_rule_bwd(
         )  # fmt: skip
         bv, options = _options(launch.dk)
         dk_kernel[((c1 - c0) * H,)](
-            q, k, g, prepared.G, prepared.rk, views.matrices(h, bv), views.matrices(dh, bv), tables.chunks,
-            views.tokens(out.dv, bv), views.matrices(U, bv), D, F, dG, A_log, dt_bias, out.dk, out.dg,
-            out.dA_log, out.ddt_bias, c0, *_strides(q, k), *gate_strides, GATE=use_gate_in_kernel,
-            **options, **shared,
+            q, k, prepared.G, prepared.rk, views.matrices(h, bv), views.matrices(dh, bv), tables.chunks,
+            views.tokens(out.dv, bv), views.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k), **options, **shared,
         )  # fmt: skip
+        if g is not None:
+            gate_gradients_kernel[((c1 - c0) * HV,)](
+                dG, g, A_log, dt_bias, tables.chunks, out.dg, out.dA_log, out.ddt_bias, c0, g.stride(1), g.stride(2),
+                HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
+            )  # fmt: skip
     dA_log, ddt_bias = (None if x is None else sum_partials(x) for x in (out.dA_log, out.ddt_bias))
     return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
 

@@ -49,26 +49,6 @@ def _norm_gradient(y_t, x_t, r):
     return y_t - unit * tl.sum(unit * y_t, 0)[None, :]
 
 
-@triton.jit
-def _store_gate_gradients(
-    dG, g, A_log, dt_bias, dg_ptr, dA_part, ddt_part, row, n_rows, chunk, hv, stride_gt, stride_gh,
-    HV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of g of one chunk and head, and its share of those of A_log and dt_bias."""
-    i_c = tl.arange(0, C)
-    valid = i_c < n_rows
-    dg = tl.where(valid, tl.cumsum(dG, 0, reverse=True), 0.0)
-    if GATE:
-        x = tl.load(g + (row + i_c) * stride_gt + hv * stride_gh, mask=valid, other=0.0).to(tl.float32)
-        if dt_bias is not None:
-            x += tl.load(dt_bias + hv).to(tl.float32)
-        rate = -tl.exp(tl.load(A_log + hv).to(tl.float32))
-        tl.store(dA_part + chunk * HV + hv, tl.sum(dg * rate * softplus(x), 0))
-        dg = dg * rate * tl.sigmoid(x)
-        tl.store(ddt_part + chunk * HV + hv, tl.sum(dg, 0))
-    tl.store(dg_ptr + (row + i_c) * HV + hv, dg.to(dg_ptr.dtype.element_ty), mask=valid)
-
-
 @triton.jit(do_not_specialize=["c0"])
 def scores_kernel(
     q, k, v, do, G, bt, rq, rk, Ag, h, M, chunks, dv, U, D, F, dG, dbeta, scale, c0,
@@ -164,7 +144,6 @@ def dq_kernel(
     row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
     n_rows = tl.load(chunks + chunk * 4 + 2)
     i_c = tl.arange(0, C)
-    q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
     k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
     q_norm = tl.full([C], 1.0, tl.float32)
     if rq is not None:
@@ -184,77 +163,111 @@ def dq_kernel(
         through_s *= (scale * tl.exp(G_i) * q_norm)[None, :]
         dq_t += through_s
         if dG is not None:
-            q_dot = tl.sum(tl.trans(q_tile).to(tl.float32) * through_s, 0)
+            # Loaded again: held in registers all along, the tile would take the place of a second program.
+            q_again = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+            q_dot = tl.sum(tl.trans(q_again).to(tl.float32) * through_s, 0)
             # Rows of dO past the end may be another sequence's.
             part = tl.load(dG + own * C + i_c)
             tl.store(dG + own * C + i_c, tl.where(i_c < n_rows, part + q_dot, 0.0))
     if rq is not None:
-        dq_t = _norm_gradient(dq_t, tl.trans(q_tile), q_norm)
+        q_again = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+        dq_t = _norm_gradient(dq_t, tl.trans(q_again), tl.load(rq + (chunk * H + hk) * C + i_c))
     store_rows(dq + (row * H + hk) * K, tl.trans(dq_t), 0, n_rows, H * K, K, BK, C)
 
 
 @triton.jit(do_not_specialize=["c0"])
 def dk_kernel(
-    q, k, g, G, rk, h, dh, chunks, dv, U, D, F, dG, A_log, dt_bias, dk, dg, dA_part, ddt_part, c0,
-    stride_qt, stride_qh, stride_kt, stride_kh, stride_gt, stride_gh,
+    q, k, G, rk, h, dh, chunks, dv, U, D, F, dG, dk, c0, stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, GATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // H and q/k head id % H; dK over all value heads of that head, and their dg.
+    """One program: chunk c0 + id // H and q/k head id % H; dK over all value heads of that head, and the rest of dG.
 
-    dK^T = sum of dS+ U^T diag(rho) - S dR^T diag(gamma) + (Q^T D + K^T (F + F^T)) / rk.
+    dK^T = sum of dS+ U^T diag(rho) - S dR^T diag(gamma) + (Q^T D + K^T (F + F^T)) / rk. One loop over (value head,
+    BV columns) pairs, so that the next tiles of S, dS+, dR and U are always on their way.
     """
+    NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     local = (pid // H).to(tl.int64)
     chunk = c0 + local
     hk = (pid % H).to(tl.int64)
-    i_c = tl.arange(0, C)
     if tl.load(chunks + chunk * 4) < 0:
-        if GATE:
-            for j in range(HV // H):
-                tl.store(dA_part + chunk * HV + hk * (HV // H) + j, 0.0)
-                tl.store(ddt_part + chunk * HV + hk * (HV // H) + j, 0.0)
         return
     row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
     n_rows = tl.load(chunks + chunk * 4 + 2)
+    i_c = tl.arange(0, C)
     q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
     k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
-    k_norm = tl.full([C], 1.0, tl.float32)
-    if rk is not None:
-        k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
     dk_t = tl.zeros([BK, C], tl.float32)
-    for j in range(HV // H):
-        hv = hk * (HV // H) + j
+    through_s = tl.zeros([BK, C], tl.float32)
+    through_ds = tl.zeros([BK, C], tl.float32)
+    state_dot = 0.0
+    for step in tl.range(0, (HV // H) * NV, num_stages=STAGES):
+        hv = hk * (HV // H) + step // NV
+        i_v = step % NV
         own = local * HV + hv
-        D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
-        F_tile = load_state(F + own * (C * C), 0, C, C, C, C, False)
-        dk_t = tl.dot(tl.trans(q_tile), D_tile, acc=dk_t, input_precision=PRECISION)
-        dk_t = tl.dot(tl.trans(k_tile), F_tile, acc=dk_t, input_precision=PRECISION)
-        dk_t = tl.dot(tl.trans(k_tile), tl.trans(F_tile), acc=dk_t, input_precision=PRECISION)
-        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
-        G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
-        through_s = tl.zeros([BK, C], tl.float32)
-        through_ds = tl.zeros([BK, C], tl.float32)
-        state_dot = 0.0
-        for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
-            S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
-            dR = token_tile(dv, row, hv, i_v, n_rows, HV * V, V, V, BV, C, TMA)
-            through_s = tl.dot(S, tl.trans(dR), acc=through_s, input_precision=PRECISION)
-            dS = matrix_tile(dh, own, i_v, K, V, BK, BV, TMA)
-            U_tile = matrix_tile(U, own, i_v, C, V, C, BV, TMA)
-            through_ds = tl.dot(dS, tl.trans(U_tile), acc=through_ds, input_precision=PRECISION)
-            if dg is not None:
-                state_dot += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-        through_ds *= (tl.exp(G_last - G_i) * k_norm)[None, :]
-        dk_t += through_ds - through_s * (tl.exp(G_i) * k_norm)[None, :]
-        if dg is not None:
-            k_dot_z = tl.sum(tl.trans(k_tile).to(tl.float32) * through_ds, 0)
-            dG_i = tl.load(dG + own * C + i_c) - k_dot_z
-            dG_i += tl.where(i_c == C - 1, tl.exp(G_last) * state_dot + tl.sum(k_dot_z, 0), 0.0)
-            _store_gate_gradients(
-                dG_i, g, A_log, dt_bias, dg, dA_part, ddt_part, row, n_rows, chunk, hv, stride_gt, stride_gh,
-                HV, C, GATE,
-            )  # fmt: skip
+        S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
+        dS = matrix_tile(dh, own, i_v, K, V, BK, BV, TMA)
+        dR = token_tile(dv, row, hv, i_v, n_rows, HV * V, V, V, BV, C, TMA)
+        U_tile = matrix_tile(U, own, i_v, C, V, C, BV, TMA)
+        through_s = tl.dot(S, tl.trans(dR), acc=through_s, input_precision=PRECISION)
+        through_ds = tl.dot(dS, tl.trans(U_tile), acc=through_ds, input_precision=PRECISION)
+        if dG is not None:
+            state_dot += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
+        if i_v == NV - 1:
+            D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
+            F_tile = load_state(F + own * (C * C), 0, C, C, C, C, False)
+            G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
+            G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
+            gamma = tl.exp(G_i)
+            rho = tl.exp(G_last - G_i)
+            if rk is not None:
+                k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
+                gamma *= k_norm
+                rho *= k_norm
+            dk_t = tl.dot(tl.trans(q_tile), D_tile, acc=dk_t, input_precision=PRECISION)
+            dk_t = tl.dot(tl.trans(k_tile), F_tile, acc=dk_t, input_precision=PRECISION)
+            dk_t = tl.dot(tl.trans(k_tile), tl.trans(F_tile), acc=dk_t, input_precision=PRECISION)
+            through_ds *= rho[None, :]
+            dk_t += through_ds - through_s * gamma[None, :]
+            if dG is not None:
+                k_dot_z = tl.sum(tl.trans(k_tile).to(tl.float32) * through_ds, 0)
+                from_last = tl.exp(G_last) * state_dot + tl.sum(k_dot_z, 0)
+                part = tl.load(dG + own * C + i_c) - k_dot_z
+                tl.store(dG + own * C + i_c, part + tl.where(i_c == C - 1, from_last, 0.0))
+            through_s = tl.zeros([BK, C], tl.float32)
+            through_ds = tl.zeros([BK, C], tl.float32)
+            state_dot = 0.0
     if rk is not None:
-        dk_t = _norm_gradient(dk_t, tl.trans(k_tile), k_norm)
+        # Loaded again: held in registers all along, the tile would cost some that the loop needs.
+        k_again = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+        dk_t = _norm_gradient(dk_t, tl.trans(k_again), tl.load(rk + (chunk * H + hk) * C + i_c))
     store_rows(dk + (row * H + hk) * K, tl.trans(dk_t), 0, n_rows, H * K, K, BK, C)
+
+
+@triton.jit(do_not_specialize=["c0"])
+def gate_gradients_kernel(
+    dG, g, A_log, dt_bias, chunks, dg, dA_part, ddt_part, c0, stride_gt, stride_gh,
+    HV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
+):  # fmt: skip
+    """One program: chunk c0 + id // HV and value head id % HV; dg, and the chunk's share of dA_log and ddt_bias."""
+    pid = tl.program_id(0)
+    local = (pid // HV).to(tl.int64)
+    chunk = c0 + local
+    hv = pid % HV
+    i_c = tl.arange(0, C)
+    n_rows = tl.where(tl.load(chunks + chunk * 4) < 0, 0, tl.load(chunks + chunk * 4 + 2))
+    valid = i_c < n_rows
+    at = tl.load(chunks + chunk * 4 + 1).to(tl.int64) + i_c
+    # dG_C is in the last of the C rows also where the sequence ends earlier.
+    dG_i = tl.load(dG + (local * HV + hv) * C + i_c, mask=n_rows > 0, other=0.0)
+    dg_i = tl.where(valid, tl.cumsum(dG_i, 0, reverse=True), 0.0)
+    if GATE:
+        x = tl.load(g + at * stride_gt + hv * stride_gh, mask=valid, other=0.0).to(tl.float32)
+        if dt_bias is not None:
+            x += tl.load(dt_bias + hv).to(tl.float32)
+        rate = -tl.exp(tl.load(A_log + hv).to(tl.float32))
+        tl.store(dA_part + chunk * HV + hv, tl.sum(dg_i * rate * softplus(x), 0))
+        dg_i = dg_i * rate * tl.sigmoid(x)
+        tl.store(ddt_part + chunk * HV + hv, tl.sum(dg_i, 0))
+    tl.store(dg + at * HV + hv, dg_i.to(dg.dtype.element_ty), mask=valid)
