@@ -13,7 +13,8 @@ Dimensions: T rows, D channels, W taps (2 to 8), C rows of a chunk (64), BD chan
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
-# triton.jit hides the options of a launch from a type checker, and triton.cdiv may return a constexpr
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+# triton.jit hides the options of a launch and the tuples of a kernel from a type checker
 # ruff: noqa: RUF005 -- triton.jit joins tuples but does not unpack one inside another
 from __future__ import annotations
 
@@ -281,7 +282,8 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 elsewhere, where only Triton's interpreter can run."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -292,7 +294,7 @@ def _block(D: int, channels_per_thread: int) -> tuple[int, int]:
 
 
 def _chunks_per_program(tables: ChunkTables, column_blocks: int, device: torch.device) -> int:
-    return max(1, tables.num_chunks * column_blocks // (PROGRAMS_PER_SM * _multiprocessors(device)))
+    return max(1, tables.num_chunks * column_blocks // (PROGRAMS_PER_SM * multiprocessors(device)))
 
 
 def _by_rows(x: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The mixer's output norm: RMS norm of each head's output, times a weight, times silu of the gate z.
 
+The kernels of `norm_triton` on a GPU; elsewhere, in float64 or with GDN_CP_BACKEND=reference plain torch.
+
 Dimensions: V value head dim; `...` any leading dimensions, usually tokens and value heads.
 """
 
@@ -8,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn_cp.kernels.activations import silu_backward, silu_forward
+from gdn_cp.kernels.backends import wants_kernels
 
 
 def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
@@ -42,6 +45,16 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> T
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}: move {name} to {x.device}")
     if eps <= 0:
         raise ValueError(f"eps must be positive, or a row of zeros divides by zero, got {eps}")
+    if wants_kernels(x):
+        from gdn_cp.kernels.norm_triton import gated_rms_norm_op, unsupported
+
+        if unsupported(x, z, weight) is None:
+            return gated_rms_norm_op(x, z, weight, eps)
+    return gated_rms_norm_reference(x, z, weight, eps)
+
+
+def gated_rms_norm_reference(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`gated_rms_norm` in plain torch, without checks: the kernels' oracle."""
     return _GatedRmsNorm.apply(x, z, weight, eps)
 
 

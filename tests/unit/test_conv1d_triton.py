@@ -3,14 +3,15 @@
 float32 keeps about 1e-7 of each element; a sum of up to 300 of them, in any order, stays below 300 * 6e-8 ~ 2e-5.
 """
 
-import os
 from itertools import accumulate
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from gdn_cp.kernels import conv1d_triton
+from gdn_cp.kernels.backends import wants_kernels
 from gdn_cp.kernels.conv1d import causal_conv1d, causal_conv1d_reference
 from gdn_cp.kernels.conv1d_triton import causal_conv1d_backward_op, causal_conv1d_op, conv1d_backward
 
@@ -65,10 +66,10 @@ def check(inputs: list[Tensor | None], cu_seqlens: Tensor | None, silu: bool = T
     ("lengths", "D", "W"),
     [
         ([1], 1, 4),
-        ([150], 20, 4),  # a chunk cut by the group of rows, three chunks of one sequence
-        ([64, 128], 16, 2),  # chunks end where sequences do
-        ([0, 70, 0, 0, 1, 2, 65, 0], 24, 8),  # one row behind a chunk, where 7 are wanted; empty sequences
-        ([3, 129, 5], 40, 3),
+        ([135], 20, 4),  # a chunk cut by the group of rows, three chunks of one sequence
+        ([64, 64], 16, 2),  # chunks end where sequences do
+        ([0, 65, 0, 0, 3, 0], 24, 8),  # one row behind a chunk, where 7 are wanted; empty sequences
+        ([3, 66, 5], 40, 3),
     ],
 )
 def test_packed_rows_and_gradients_match_float64(lengths: list[int], D: int, W: int):
@@ -81,14 +82,14 @@ def test_options_on_one_sequence(silu: bool, bias: bool):
     check(make_inputs(70, 6, 4, bias=bias), None, silu)
 
 
-@pytest.mark.parametrize("joined", [2, 5])
-def test_programs_of_several_chunks(joined: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(conv1d_triton, "_chunks_per_program", lambda *_: joined)
-    check(make_inputs(220, 9, 3), boundaries([140, 10, 0, 70], torch.int64))
+def test_programs_of_several_chunks(monkeypatch: pytest.MonkeyPatch):
+    """Chunks of 64, 6, 10, 64 and 2 rows, two to a program; int64 boundaries."""
+    monkeypatch.setattr(conv1d_triton, "_chunks_per_program", lambda *_: 2)
+    check(make_inputs(146, 9, 3), boundaries([70, 10, 0, 66], torch.int64))
 
 
 def test_cut_changes_no_bit_of_rows(monkeypatch: pytest.MonkeyPatch):
-    (x, weight, bias), cu_seqlens = make_inputs(140, 12, 4), boundaries([100, 40])
+    (x, weight, bias), cu_seqlens = make_inputs(90, 12, 4), boundaries([70, 20])
     y = causal_conv1d_op(x, weight, bias, cu_seqlens, True)
     dx = conv1d_backward(x, x, weight, bias, cu_seqlens, True, False)[0]
     monkeypatch.setattr(conv1d_triton, "_chunks_per_program", lambda *_: 3)
@@ -117,11 +118,11 @@ def test_sections_of_wider_tensors_are_read_in_place():
 
 
 def test_nan_of_one_sequence_stays_in_it_forward_and_backward():
-    x, weight, bias = leaves_of(make_inputs(140, 4, 4))
+    x, weight, bias = leaves_of(make_inputs(80, 4, 4))
     with torch.no_grad():
         x[70:72] = torch.nan
-    y = causal_conv1d_op(x, weight, bias, boundaries([70, 2, 68]), True)
-    clean = [*range(70), *range(72, 140)]
+    y = causal_conv1d_op(x, weight, bias, boundaries([70, 2, 8]), True)
+    clean = [*range(70), *range(72, 80)]
     assert y[clean].isfinite().all()
     dy = torch.ones_like(y)
     dy[70:72] = torch.nan
@@ -130,6 +131,7 @@ def test_nan_of_one_sequence_stays_in_it_forward_and_backward():
     assert dx[70:72].isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")
 def test_extreme_values_saturate_as_silu_does():
     x = torch.tensor([-200.0, -90.0, -20.0, 0.0, 20.0, 90.0, 1e4], device=DEVICE)[:, None].requires_grad_()
     weight = torch.tensor([[0.0, 1.0]], device=DEVICE)
@@ -144,8 +146,8 @@ def test_extreme_values_saturate_as_silu_does():
 
 
 def test_repetition_gives_the_same_bits():
-    x, weight, bias = make_inputs(150, 5, 4)
-    arguments = (x, x, weight, bias, boundaries([100, 50]), True, True)
+    x, weight, bias = make_inputs(90, 5, 4)
+    arguments = (x, x, weight, bias, boundaries([70, 20]), True, True)
     first, second = (causal_conv1d_backward_op(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
@@ -179,7 +181,7 @@ def test_no_rows_and_no_channels():
 
 
 def test_checkpointed_gradients_are_the_same():
-    inputs, cu_seqlens = make_inputs(70, 4, 4), boundaries([33, 37])
+    inputs, cu_seqlens = make_inputs(12, 4, 4), boundaries([5, 7])
     gradients = []
     for checkpointed in (False, True):
         leaves = leaves_of(inputs)
@@ -216,6 +218,26 @@ def test_what_the_kernels_serve(dtype: torch.dtype, W: int, reason: str | None):
     assert conv1d_triton.unsupported(*make_inputs(2, 3, W, dtype=dtype)) == reason
 
 
+@pytest.mark.parametrize(
+    ("is_cuda", "dtype", "backend", "wanted"),
+    [
+        (True, torch.bfloat16, None, True),
+        (True, torch.float32, "triton", True),
+        (True, torch.float64, None, False),
+        (True, torch.float32, "reference", False),
+        (True, torch.float32, "recurrent", False),
+        (False, torch.float32, None, False),
+    ],
+)
+def test_when_kernels_are_wanted(
+    is_cuda: bool, dtype: torch.dtype, backend: str | None, wanted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("GDN_CP_BACKEND", raising=False)
+    if backend is not None:
+        monkeypatch.setenv("GDN_CP_BACKEND", backend)
+    assert wants_kernels(SimpleNamespace(is_cuda=is_cuda, dtype=dtype)) is wanted
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_once(dtype: torch.dtype):
     """Each result is a float32 one rounded to dtype, so that the norm errs by no more than an element."""
@@ -242,7 +264,7 @@ def test_gpu_dispatch_and_its_switch(monkeypatch: pytest.MonkeyPatch):
     cu_seqlens = boundaries([100, 200])
     y = causal_conv1d(x, weight[:, None], bias, cu_seqlens=cu_seqlens)
     assert torch.equal(y, causal_conv1d_op(x, weight, bias, cu_seqlens, True))
-    monkeypatch.setitem(os.environ, "GDN_CP_BACKEND", "reference")
+    monkeypatch.setenv("GDN_CP_BACKEND", "reference")
     reference = causal_conv1d(x, weight, bias, cu_seqlens=cu_seqlens)
     assert torch.equal(reference, causal_conv1d_reference(x, weight, bias, cu_seqlens, True))
     assert relative_error(y, reference.double()) < 2**-8
