@@ -38,15 +38,29 @@ class HeadDims(Protocol):
     """Head counts and widths of one tensor-parallel rank, as `gdn_cp.GdnDims` has them."""
 
     @property
-    def num_k_heads(self) -> int: ...  # noqa: D102
+    def num_k_heads(self) -> int:
+        """Query and key heads H."""
+        ...
+
     @property
-    def num_v_heads(self) -> int: ...  # noqa: D102
+    def num_v_heads(self) -> int:
+        """Value heads HV."""
+        ...
+
     @property
-    def head_k_dim(self) -> int: ...  # noqa: D102
+    def head_k_dim(self) -> int:
+        """K."""
+        ...
+
     @property
-    def head_v_dim(self) -> int: ...  # noqa: D102
+    def head_v_dim(self) -> int:
+        """V."""
+        ...
+
     @property
-    def conv_kernel(self) -> int: ...  # noqa: D102
+    def conv_kernel(self) -> int:
+        """W."""
+        ...
 
 
 @dataclass(frozen=True)
