@@ -17,6 +17,8 @@ from typing import Any
 # The server imports torch once; each rank is then a fork of it, which takes milliseconds and not seconds.
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["torch", "torch.distributed", "gdn_cp", "tests.conftest"])
+# The server has asked for GPUs (tests.conftest does), and CUDA cannot be used in a fork of a process that has.
+_fresh = multiprocessing.get_context("spawn")
 
 
 class RankError(AssertionError):
@@ -63,12 +65,13 @@ def run_ranks(
     so is the silence of ranks that did not end within `timeout` seconds.
     """
     payload = pickle.dumps((function, args))
+    context = _fresh if backend == "nccl" else _server
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         processes, pipes = [], []
         for rank in range(world_size):
-            ours, theirs = _server.Pipe(duplex=False)
-            process = _server.Process(
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(
                 target=_worker, args=(rank, world_size, store, backend, timeout, theirs, payload), daemon=True
             )
             process.start()
