@@ -26,7 +26,8 @@ def write_text(folder: Path) -> Path:
 def start(ranks: int, *arguments: str, script: Path = ROOT / "scripts" / "train_proxy.py") -> subprocess.Popen[str]:
     """A torchrun job of `ranks` ranks, output captured."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*command, str(script), *arguments],
         cwd=ROOT,
@@ -48,7 +49,7 @@ def finish(job: subprocess.Popen[str], timeout: float = 240.0) -> tuple[int, str
 
 
 def kill(job: subprocess.Popen[str]) -> None:
-    """SIGKILL to the launcher and all ranks at once, as a lost machine would."""
+    """End the launcher and all ranks at once."""
     family = [*psutil.Process(job.pid).children(recursive=True), psutil.Process(job.pid)]
     for process in family:
         try:
