@@ -59,18 +59,24 @@ class Gradients(NamedTuple):
     ddt_bias: Tensor | None
 
 
-def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int) -> BackwardLaunch:
-    """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others."""
+def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int) -> BackwardLaunch:
+    """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others.
+
+    A step of the chains is shorter with fewer columns of the state per program, which costs multiprocessors: `walks`,
+    the number of (piece, value head) pairs, says how many are free.
+    """
     if dtype == torch.float32:
         return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1))
-    hopper = capability(device) >= 90
-    if K > 128:
-        return BackwardLaunch((32, 8, 1), (32, 8, 1), (32, 8, 1), (32, 8, 1), hopper)
-    block_v = 64 if V > 32 else max(16, V)
+    block_v = max(16, min(64, triton.next_power_of_2(V)))
     half = min(32, block_v)
-    if not hopper:
+    if capability(device) < 90:
         return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, 4, 2), (half, 4, 2))
-    return BackwardLaunch((block_v, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (block_v, 8, 3), True)
+    if K > 128:
+        return BackwardLaunch((half, 8, 1), (half, 8, 1), (half, 8, 1), (half, 8, 1), True)
+    columns = block_v
+    while columns > 16 and walks * 2 * triton.cdiv(V, columns // 2) <= multiprocessors(device):
+        columns //= 2
+    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (block_v, 8, 3), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
@@ -127,7 +133,7 @@ def chunk_gated_delta_rule_bwd(
     size = max(min(length, NT), 1)
     h, dh = (torch.empty(size, HV, K, V, dtype=q.dtype, device=q.device) for _ in range(2))
     carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device) if size < NT else None
-    launch = backward_config(q.device, q.dtype, K, V)
+    launch = backward_config(q.device, q.dtype, K, V, tables.num_pieces * HV)
     views = _Views(launch.tma and _tma_fits(q, k, v, do))
     shared = {
         "H": H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK, "TMA": views.tma,
@@ -190,6 +196,11 @@ def _tma_fits(*tensors: Tensor) -> bool:
         if not packed or x.numel() == 0 or x.dtype == torch.float32:
             return False
     return True
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 where only Triton's interpreter can run."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:

@@ -1,0 +1,194 @@
+"""The Triton backward against autograd of the float64 token recurrence, in float32 (interpreted without a GPU)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_cp.kernels import chunk_bwd, chunk_triton
+from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
+from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# A gradient is at the end of a path of at most about five sums of 64 terms in each of a few chunks: some 500 roundings
+# of float32 in a row, if they never cancel.
+TOLERANCE = 500 * 2.0**-24
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call; `lengths` packs sequences into one row, else B rows of T tokens."""
+
+    B: int = 1
+    T: int = 80
+    H: int = 1
+    HV: int = 2
+    K: int = 16
+    V: int = 16
+    lengths: tuple[int, ...] | None = None
+    norm: bool = True
+    gate: str = "raw"  # raw: alpha with A_log and dt_bias; raw without bias; log: given in log space; none
+    beta: str = "raw"  # raw: before the sigmoid; plain; none
+    state: bool = True
+    v_first: bool = False
+    strength: float = 1.0
+
+
+CASES = {
+    "two value heads to a key head, partial chunk": Case(T=100),
+    "batch of two, V larger than K, states as [V, K]": Case(B=2, T=70, H=2, V=32, v_first=True),
+    "packed, with empty and one-token sequences": Case(HV=3, K=32, lengths=(0, 70, 0, 1, 65, 0)),
+    "no gate": Case(T=66, gate="none", V=48),
+    "log gate, no beta, no norm, head dim padded": Case(K=48, gate="log", beta="none", norm=False),
+    "plain beta, no states, no bias": Case(gate="raw without bias", beta="plain", state=False),
+    "decay of e^-30 in a chunk and more": Case(T=130, gate="log", strength=1.0),
+    "hardly any decay": Case(T=130, gate="log", strength=1e-4),
+}
+
+
+def _inputs(case: Case) -> dict[str, Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    B, T = (case.B, case.T) if case.lengths is None else (1, sum(case.lengths))
+    N = B if case.lengths is None else len(case.lengths)
+    q, k, v = (random(B, T, heads, dim) for heads, dim in ((case.H, case.K), (case.H, case.K), (case.HV, case.V)))
+    if not case.norm:
+        q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
+    g = random(B, T, case.HV)
+    g = {"none": None, "log": -case.strength * g.abs()}.get(case.gate, g)
+    beta = random(B, T, case.HV)
+    beta = {"none": None, "plain": beta.sigmoid()}.get(case.beta, beta)
+    raw = case.gate.startswith("raw")
+    state = random(N, case.HV, *((case.V, case.K) if case.v_first else (case.K, case.V)))
+    tensors = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "g": g,
+        "beta": beta,
+        "initial_state": state if case.state else None,
+        "A_log": random(case.HV) if raw else None,
+        "dt_bias": random(case.HV) if case.gate == "raw" else None,
+    }
+    return {name: None if x is None else x.float() for name, x in tensors.items()}
+
+
+def _gradients(function, case: Case, dtype: torch.dtype, device: str, outputs: str = "both") -> dict[str, Tensor]:
+    """Gradient of each input, for the same random gradients of o and of the final state."""
+    leaves = {
+        name: None if x is None else x.to(device, dtype).clone().requires_grad_() for name, x in _inputs(case).items()
+    }
+    bounds = None
+    if case.lengths is not None:
+        bounds = torch.tensor((0, *case.lengths)).cumsum(0).to(device, torch.int32)
+    o, final = function(
+        **leaves,
+        scale=case.K**-0.5,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=case.norm,
+        use_gate_in_kernel=case.gate.startswith("raw"),
+        use_beta_sigmoid_in_kernel=case.beta == "raw",
+        state_v_first=case.v_first,
+        cu_seqlens=bounds,
+    )
+    generator = torch.Generator().manual_seed(1)
+    loss = torch.zeros((), dtype=dtype, device=device)
+    for name, x in (("o", o), ("state", final)):
+        weight = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype)
+        if outputs in (name, "both"):
+            loss = loss + (x * weight).sum()
+    loss.backward()
+    return {name: x.grad for name, x in leaves.items() if x is not None and x.grad is not None}
+
+
+def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert set(got) == set(expected)
+    for name, reference in expected.items():
+        reference = reference.cpu()
+        error = (got[name].cpu().double() - reference).norm() / reference.norm()
+        assert error < TOLERANCE, f"gradient of {name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_equal_those_of_the_recurrence(case):
+    expected = _gradients(recurrent_gated_delta_rule_reference, case, torch.float64, "cpu")
+    _assert_close(_gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE), expected)
+
+
+@pytest.mark.parametrize("outputs", ["o", "state"])
+def test_loss_of_only_one_output(outputs):
+    case = Case(T=66)
+    expected = _gradients(recurrent_gated_delta_rule_reference, case, torch.float64, "cpu", outputs)
+    got = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE, outputs)
+    if outputs == "state":  # the recurrence's queries have no gradient then
+        assert not got.pop("q").any()
+        expected.pop("q", None)
+    _assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(T=200), Case(lengths=(130, 0, 1, 100, 0)), Case(B=2, T=100, state=False)],
+    ids=["one sequence over all borders", "packed, borders within sequences and between them", "batch"],
+)
+def test_slices_of_two_chunks_change_nothing(case, monkeypatch):
+    whole = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE)
+    for module in (chunk_bwd, chunk_triton):
+        monkeypatch.setattr(module, "slice_chunks", lambda *_: 2)
+    sliced = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE)
+    for name, gradient in whole.items():
+        assert torch.equal(gradient, sliced[name]), f"gradient of {name}"
+
+
+def test_same_bits_on_repetition():
+    case = Case(HV=2, lengths=(70, 3))
+    first, second = (_gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_of_zeros_have_finite_gradients():
+    """Padded rows are zero in q, k, v: the norm's reciprocal must not make a NaN of their gradients, or of others'."""
+    inputs = _inputs(Case(T=70))
+    leaves = {name: x.clone() for name, x in inputs.items() if x is not None}
+    for name in ("q", "k", "v"):
+        leaves[name][:, 60:] = 0
+    leaves = {name: x.to(DEVICE).requires_grad_() for name, x in leaves.items()}
+    o, _ = chunk_gated_delta_rule_triton(
+        **leaves,
+        scale=1.0,
+        output_final_state=False,
+        use_qk_l2norm_in_kernel=True,
+        use_gate_in_kernel=True,
+        use_beta_sigmoid_in_kernel=True,
+    )
+    o.sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
+
+
+def test_gradient_of_the_output_may_be_a_view():
+    """A gradient arrives as autograd made it: transposed, expanded or with gaps between its rows."""
+    case = Case(T=66, B=2)
+    leaves = {name: None if x is None else x.to(DEVICE).requires_grad_() for name, x in _inputs(case).items()}
+    flags = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+    o, _ = chunk_gated_delta_rule_triton(**leaves, scale=1.0, output_final_state=False, **flags)
+    do = torch.randn(case.V, case.T, case.HV, case.B, device=DEVICE).permute(3, 1, 2, 0)
+    wanted = [x for x in leaves.values() if x is not None]
+    for view in (do, torch.ones((), device=DEVICE).expand_as(o), torch.cat((do, do), 1)[:, : case.T]):
+        from_view = torch.autograd.grad(o, wanted, view, retain_graph=True)
+        from_copy = torch.autograd.grad(o, wanted, view.contiguous(), retain_graph=True)
+        assert all(torch.equal(x, y) for x, y in zip(from_view, from_copy, strict=True))
+
+
+def test_slice_rule():
+    assert chunk_bwd.slice_chunks(512, HV=4, K=128, V=128) == 0
+    chunks = 16384  # 1,048,576 tokens
+    length = chunk_bwd.slice_chunks(chunks, HV=32, K=128, V=128)
+    # Per chunk and head, in bfloat16: two states, X and what follows it in the same memory, and U.
+    assert 0 < length * 32 * 2 * (2 * 128 * 128 + 64 * 128 + 64 * 128) <= chunk_bwd.SLICE_BYTES
+    assert chunk_bwd.slice_chunks(length, HV=32, K=128, V=128) == 0
