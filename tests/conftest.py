@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks and xdist workers share few cores
-os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core compiles small functions at import; tests need none of it
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core compiles at import; tests need none of it
 
 import pytest
 import torch
