@@ -245,6 +245,8 @@ def _check_group(layout: ThdLayout, group: dist.ProcessGroup | None, a2a_size: i
 
 
 def _check_tensors(direction: str, x: Tensor | Sequence[Tensor], layout: ThdLayout, ranks: int) -> list[Tensor]:
+    if not isinstance(x, Tensor | Sequence) or isinstance(x, str | bytes):
+        raise TypeError(f"x: expected a tensor or a sequence of tensors, got {x!r} of type {type(x).__name__}")
     tensors = [x] if isinstance(x, Tensor) else list(x)
     if not tensors:
         raise ValueError("x: got no tensors; pass at least one")
@@ -292,6 +294,8 @@ def _check_widths(
     """Return each result's section widths over all ranks; `totals` are the tensors' columns over all ranks."""
     if sections is None:
         widths = tuple((total,) for total in totals)
+    elif not isinstance(sections, Sequence) or isinstance(sections, str | bytes):
+        raise TypeError(f"sections: expected a sequence of widths, got {sections!r} of type {type(sections).__name__}")
     else:
         widths = tuple(_read_section(entry) for entry in sections)
         sums = [sum(entry) for entry in widths]

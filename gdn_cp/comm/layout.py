@@ -25,7 +25,15 @@ import torch
 from torch import Tensor
 
 from gdn_cp.comm.cuts import Cut, check_cut, cut_batch, expand
-from gdn_cp.comm.lengths import IntVector, read_cu_seqlens, read_index, read_real_lengths, read_size
+from gdn_cp.comm.lengths import (
+    MAX_RANKS,
+    MAX_TOKENS,
+    IntVector,
+    read_cu_seqlens,
+    read_index,
+    read_real_lengths,
+    read_size,
+)
 from gdn_cp.comm.padding import PaddedBatch, pad_cu_seqlens
 from gdn_cp.comm.segments import Chains, SegmentTable, build_chains
 
@@ -134,9 +142,20 @@ class ThdLayout:
         """
         if kind not in ("zigzag", "contiguous"):
             raise ValueError(f'kind: got {kind!r}; choose "zigzag" or "contiguous"')
-        cut = Cut.ZIGZAG if kind == "zigzag" else Cut.EACH
-        cu = np.arange(read_size(batch, "batch") + 1) * read_size(seqlen, "seqlen")
-        return _build(kind, cut, cu, cp_size, None, device)
+        cut, chunks, rule = (Cut.ZIGZAG, 2, "2*cp_size") if kind == "zigzag" else (Cut.EACH, 1, "cp_size")
+        count, length = read_size(batch, "batch"), read_size(seqlen, "seqlen")
+        ranks = read_size(cp_size, "cp_size", MAX_RANKS)
+        if ranks > 1 and length % (chunks * ranks):
+            raise ValueError(
+                f"seqlen: got {length}, not divisible by {rule} = {chunks * ranks}; pad to a multiple of it"
+            )
+        if count * length > MAX_TOKENS:
+            raise ValueError(
+                f"batch: {count} sequences of seqlen={length} are more than {MAX_TOKENS} tokens (int32 boundaries); "
+                "use smaller batches"
+            )
+        cu = np.arange(count + 1) * length
+        return _build(kind, cut, cu, ranks, None, device)
 
     @property
     def t_global(self) -> int:
@@ -206,6 +225,8 @@ class ThdLayout:
 
     def shard(self, x: Tensor, rank: int) -> Tensor:
         """Return a rank's rows of x [T, ...]: [T/P, ...]. x may be on the CPU or on the layout's device."""
+        if not isinstance(x, Tensor) or x.dim() < 1:
+            raise TypeError(f"x: expected a tensor [{self.t_global}, ...], got {x!r}")
         if x.shape[0] != self.t_global:
             raise ValueError(f"x: has {x.shape[0]} rows; the layout has {self.t_global} (shard takes the whole batch)")
         tables = self._host if x.device.type == "cpu" else self._tables
@@ -213,6 +234,10 @@ class ThdLayout:
 
     def unshard(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the whole batch [T, ...] in natural order from every rank's rows [T/P, ...], in rank order."""
+        if not isinstance(parts, Sequence) or not all(isinstance(part, Tensor) and part.dim() > 0 for part in parts):
+            raise TypeError(
+                f"parts: expected a sequence of {self.cp_size} tensors [{self.t_local}, ...], got {parts!r}"
+            )
         rows = [part.shape[0] for part in parts]
         if rows != [self.t_local] * self.cp_size:
             raise ValueError(f"parts: got rows {rows}; expected {self.cp_size} tensors of {self.t_local} rows each")
@@ -282,7 +307,7 @@ class ThdLayout:
 @torch.inference_mode(False)  # tensors made under inference mode could not be used in training later
 def _build(kind: str, cut: Cut, cu_seqlens: Any, cp_size: Any, seqlens: Any, device: torch.device | str) -> ThdLayout:
     cu = read_cu_seqlens(cu_seqlens)
-    ranks = read_size(cp_size, "cp_size")
+    ranks = read_size(cp_size, "cp_size", MAX_RANKS)
     check_cut(cut, cu, ranks)
     real = read_real_lengths(seqlens, cu)
     rank_major = cut_batch(cut, cu, ranks).rows(cu)
@@ -308,7 +333,12 @@ def _permutation(gather: np.ndarray) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _full_device(device: torch.device | str) -> torch.device:
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f'device: {device!r} is no device; pass a torch.device, "cpu" or "cuda"') from None
+    if target.type == "cuda" and not (torch.cuda.is_initialized() or torch.cuda.is_available()):
+        raise ValueError(f"device: got {device!r}, but torch sees no CUDA device here; use the CPU")
     if target.type == "cuda" and target.index is None:
         return torch.device("cuda", torch.cuda.current_device())  # as tensors name it
     return target

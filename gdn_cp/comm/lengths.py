@@ -19,16 +19,17 @@ IntVector = Sequence[int] | np.ndarray | Tensor
 """Whole numbers in one dimension: a list or tuple of ints, an integer numpy array or an integer tensor."""
 
 MAX_TOKENS = 2**31 - 1  # boundaries travel as int32, the dtype that varlen kernels read
+MAX_RANKS = 2**20  # far above any machine; tables are built with a few numbers for each rank
 
 
-def read_size(value: Any, name: str) -> int:
-    """Return `value` as an int of at least 1; `name` is the argument's name in the message."""
+def read_size(value: Any, name: str, most: int = MAX_TOKENS) -> int:
+    """Return `value` as an int from 1 to `most`; `name` is the argument's name in the message."""
     try:
         size = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}") from None
-    if size < 1:
-        raise ValueError(f"{name}: got {size}; it must be at least 1")
+    if not 1 <= size <= most:
+        raise ValueError(f"{name}: got {size}; it must be at least 1 and at most {most}")
     return size
 
 
@@ -49,11 +50,17 @@ def read_ints(value: Any, name: str) -> np.ndarray:
     A CUDA tensor is accepted, and synchronises the host with its device: pass host-side lengths to avoid that.
     """
     if isinstance(value, Tensor):
+        if value.device.type == "meta":
+            raise ValueError(f"{name}: is a tensor on the meta device, which holds no values; pass host-side lengths")
         kind, whole = value.dtype, not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
         array = value.detach().cpu().numpy() if whole else np.empty(0)
     else:
-        array = np.asarray(value)
-        kind, whole = array.dtype, array.size == 0 or array.dtype.kind in "iu"
+        try:
+            array = np.asarray(value)
+        except ValueError:  # numpy's word for it does not name the argument
+            raise ValueError(f"{name}: {value!r} is not one-dimensional; pass a flat list of ints") from None
+        kind = array.dtype
+        whole = isinstance(value, Sequence | np.ndarray) and (array.size == 0 or array.dtype.kind in "iu")
     if not whole:
         raise TypeError(f"{name}: expected whole numbers, got {kind}; pass a list of ints or an integer tensor")
     if array.ndim != 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_cp.comm.cuts import expand
-from gdn_cp.comm.lengths import IntVector, read_cu_seqlens, read_size
+from gdn_cp.comm.lengths import MAX_RANKS, MAX_TOKENS, IntVector, read_cu_seqlens, read_size
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def pad_cu_seqlens(
     ((0, 4, 12), (3, 5), [0, 1, 2, 4, 5, 6, 7, 8])
     """
     cu = read_cu_seqlens(cu_seqlens)
-    ranks = read_size(cp_size, "cp_size")
+    ranks = read_size(cp_size, "cp_size", MAX_RANKS)
     if kind not in ("zigzag", "contiguous"):
         raise ValueError(f'kind: got {kind!r}; choose "zigzag" or "contiguous"')
     each = 2 * ranks if kind == "zigzag" and ranks > 1 else 1
@@ -84,9 +84,13 @@ def pad_cu_seqlens(
         target = read_size(total, "total")
         if target < rows or target % whole:
             raise ValueError(f"total: got {target}; it must be at least {rows} and a multiple of {whole}")
+    if target > MAX_TOKENS:
+        raise ValueError(
+            f"cu_seqlens: padded for cp_size={ranks} and local_multiple={local_multiple} the batch has {target} rows, "
+            f"above {MAX_TOKENS} (int32 boundaries); use smaller batches"
+        )
     lengths[-1] += target - rows
     padded = np.concatenate([[0], np.cumsum(lengths)])
-    read_cu_seqlens(padded)  # refuses a batch that padding made too large
     row_map = torch.from_numpy(expand(padded[:-1], real))
     mask = torch.ones(target, dtype=torch.bool).index_fill_(0, row_map, False)
     return PaddedBatch(tuple(padded.tolist()), tuple(real.tolist()), row_map, mask)

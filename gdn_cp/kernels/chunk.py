@@ -73,6 +73,11 @@ def chunk_gated_delta_rule(
     Source: Gated Delta Networks (arXiv 2412.06464); the names are flash-linear-attention's.
     """
     _check_inputs(q, k, v, g, beta)
+    _check_flags(
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        state_v_first=state_v_first,
+    )
     _check_gate(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel)
     _check_sequences(q, cu_seqlens)
     _check_state(q, v, initial_state, state_v_first, cu_seqlens)
@@ -178,6 +183,12 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tenso
         _check_device(name, x, q)
 
 
+def _check_flags(**flags: bool) -> None:
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False, got {flag!r}")
+
+
 def _check_device(name: str, x: Tensor, q: Tensor) -> None:
     if x.device != q.device:
         raise ValueError(f"{name} is on {x.device} but q is on {q.device}: move {name} with .to({str(q.device)!r})")
@@ -191,6 +202,7 @@ def _check_gate(
     dt_bias: Tensor | None,
     use_sigmoid: bool,
 ) -> None:
+    _check_flags(use_gate_in_kernel=use_gate, use_beta_sigmoid_in_kernel=use_sigmoid)
     if use_sigmoid and beta is None:
         raise ValueError("use_beta_sigmoid_in_kernel=True but beta is None: pass the raw beta [B, T, HV]")
     if not use_gate:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gdn_cp.kernels.activations import softplus
 
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def fused_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:
     """Log decay of each token and value head, -exp(A_log) * softplus(g + dt_bias), always <= 0.
@@ -87,13 +89,17 @@ def gdn_gate_reference(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) 
 
 
 def check_gate_arguments(g: Tensor, A_log: Tensor, dt_bias: Tensor | None) -> None:
-    """Raise ValueError unless A_log and dt_bias are floating [HV] vectors on the device of g [..., HV]."""
-    if not g.is_floating_point() or g.dim() < 1:
+    """Raise ValueError unless A_log and dt_bias are floating [HV] vectors on the device of g [..., HV]; TypeError for
+    what is no tensor."""
+    for name, x in (("g", g), ("A_log", A_log), ("dt_bias", dt_bias)):
+        if not isinstance(x, Tensor) and not (x is None and name == "dt_bias"):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if g.dtype not in _DTYPES or g.dim() < 1:
         raise ValueError(f"g must be a floating-point tensor [..., HV], got {g.dtype} {list(g.shape)}")
     for name, x in (("A_log", A_log), ("dt_bias", dt_bias)):
         if x is None:
             continue
-        if tuple(x.shape) != (g.shape[-1],) or not x.is_floating_point():
+        if tuple(x.shape) != (g.shape[-1],) or x.dtype not in _DTYPES:
             raise ValueError(
                 f"{name} must be a floating-point vector of {g.shape[-1]} elements, one for each value head of g "
                 f"{list(g.shape)}, got {x.dtype} {list(x.shape)}"

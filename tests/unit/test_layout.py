@@ -229,7 +229,7 @@ REFUSED = {
     ),
     "batched_length": (
         lambda: ThdLayout.batched(2, 6, 4, kind="contiguous"),
-        r"sequence 0 has length 6, not divisible by cp_size = 4",
+        r"seqlen: got 6, not divisible by cp_size = 4",
     ),
     "batched_kind": (lambda: ThdLayout.batched(2, 8, 2, kind="ring"), r'kind: got \'ring\'; choose "zigzag" or'),
     "cp_size_0": (lambda: ThdLayout.zigzag([0, 8], 0), r"cp_size: got 0; it must be at least 1"),
