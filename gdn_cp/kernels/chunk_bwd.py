@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
+from gdn_cp.kernels.chunk_bwd_chains import chains_kernel, merge_gradients_kernel
 from gdn_cp.kernels.chunk_bwd_local import (
     dk_kernel,
     dq_kernel,
@@ -29,7 +29,7 @@ from gdn_cp.kernels.chunk_bwd_local import (
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
 from gdn_cp.kernels.configs import capability, dot_precision
 from gdn_cp.kernels.gate_triton import sum_partials
-from gdn_cp.kernels.tables import CHUNK, chunk_tables
+from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables
 
 # Buffers of one slice: small beside the activations of the batches that are cut, large enough to fill the card.
 SLICE_BYTES = 512 * 2**20
@@ -69,14 +69,17 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
         return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1))
     block_v = max(16, min(64, triton.next_power_of_2(V)))
     half = min(32, block_v)
+    # 8 warps only where products have 128 rows: one of 64 rows is laid out for 128 then, and written past its end.
+    warps = 8 if K > 64 else 4
     if capability(device) < 90:
-        return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, 4, 2), (half, 4, 2))
+        return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, warps, 2), (half, warps, 2))
     if K > 128:
-        return BackwardLaunch((half, 8, 1), (half, 8, 1), (half, 8, 1), (half, 8, 1), True)
+        return BackwardLaunch((16, 4, 2), (16, 4, 2), (half, 8, 2), (half, 8, 2))
     columns = block_v
     while columns > 16 and walks * 2 * triton.cdiv(V, columns // 2) <= multiprocessors(device):
         columns //= 2
-    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (block_v, 8, 3), True)
+    limit = (128,) if K > 64 else ()
+    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, warps, 3, *limit), (block_v, warps, 3), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
@@ -109,6 +112,8 @@ def chunk_gated_delta_rule_bwd(
     state_v_first: bool,
     need_dh0: bool,
     checkpoints: Tensor | None = None,
+    piece_states: tuple[Tensor, Tensor] | None = None,
+    piece_chunks: int = 0,
 ) -> Gradients:
     """Gradients of `chunk_gated_delta_rule` from those of its output and final state.
 
@@ -120,82 +125,148 @@ def chunk_gated_delta_rule_bwd(
         prepared: what the forward kept: G, bt, rq, rk, Ag.
         checkpoints: [ceil(NT / L), HV, K, V] float32, states before chunks 0, L, 2L, .. with L = slice_chunks(NT, ...);
             None: everything in one slice.
+        piece_states: with sequences cut into pieces of piece_chunks chunks, the state at the start of each piece
+            [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in;
+            not used together with checkpoints.
 
     Returns:
         Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
     """
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
-    tables = chunk_tables(B, T, cu_seqlens, q.device)
+    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
+    if checkpoints is not None:
+        piece_states = None
+    tables = chunk_tables(B, T, cu_seqlens, q.device, 0 if piece_states is None else piece_chunks)
     NT = tables.num_chunks
     do = do if B == 1 or do.stride(0) == T * do.stride(1) else do.contiguous()
-    out = _allocate(q, k, v, g, beta, NT, tables.num_sequences, use_gate_in_kernel, dt_bias, state_v_first, need_dh0)
+    out = _allocate(q, k, v, g, beta, tables.num_sequences if need_dh0 else None, state_v_first)
+    # Shares of the chunks in dA_log and ddt_bias.
+    parts = torch.empty(NT, 2, HV, dtype=torch.float32, device=q.device) if use_gate_in_kernel else None
     length = NT if checkpoints is None else slice_chunks(NT, HV, K, V, q.element_size())
-    size = max(min(length, NT), 1)
-    h, dh = (torch.empty(size, HV, K, V, dtype=q.dtype, device=q.device) for _ in range(2))
-    carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device) if size < NT else None
-    launch = backward_config(q.device, q.dtype, K, V, tables.num_pieces * HV)
-    views = _Views(launch.tma and _tma_fits(q, k, v, do))
-    shared = {
-        "H": H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK, "TMA": views.tma,
-        "PRECISION": dot_precision(q.dtype),
-    }  # fmt: skip
-    factors = (prepared.G, prepared.bt, prepared.rq, prepared.rk)
-    initial_state = None if initial_state is None else initial_state.contiguous()
-    dht = None if dht is None else dht.contiguous()
-    starts = range(0, NT, size) if NT else range(1)
-    for index in reversed(range(len(starts))):
-        c0 = starts[index]
-        c1 = min(c0 + size, NT)
-        X, Yt = prepare_products(q, k, prepared, tables, scale=scale, first_chunk=c0, num_chunks=c1 - c0)
+    run = _Slices(q, k, v, do, prepared, tables, scale, max(min(length, NT), 1), out)
+    for index, c0, c1 in run.bounds():
+        checkpoint = None if checkpoints is None else checkpoints[index]
+        run.chains(index, c0, c1, initial_state, dht, checkpoint, piece_states, state_v_first)
+        if c1 > c0:
+            dG = run.local(c0, c1, g is not None, use_beta_sigmoid_in_kernel)
+            if g is not None:
+                gate_gradients_kernel[((c1 - c0) * HV,)](
+                    dG, g, A_log, dt_bias, tables.chunks, out.dg, parts, c0, g.stride(1), g.stride(2),
+                    HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
+                )  # fmt: skip
+    if parts is None:
+        return out
+    dA_log, ddt_bias = sum_partials(parts)
+    # A copy, since the results of a custom operation must not share memory.
+    return out._replace(dA_log=dA_log, ddt_bias=ddt_bias.clone() if dt_bias is not None else None)
+
+
+class _Slices:
+    """The launches over the slices of one batch, which share their buffers."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, prepared: Prepared, tables: ChunkTables, scale: float,
+        size: int, out: Gradients,
+    ) -> None:  # fmt: skip
+        self.q, self.k, self.v, self.do, self.out = q, k, v, do, out
+        self.prepared, self.tables, self.scale, self.size = prepared, tables, scale, size
+        self.H, self.K = q.shape[2:]
+        self.HV, self.V = v.shape[2:]
+        HV, K, V = self.HV, self.K, self.V
+        self.config = backward_config(q.device, q.dtype, K, V, tables.num_pieces * HV)
+        self.tma = self.config.tma and _tma_fits(q, k, v, do)
+        self.constants = {
+            "H": self.H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK,
+            "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
+        }  # fmt: skip
+        self.h, self.dh = (torch.empty(size, HV, K, V, dtype=q.dtype, device=q.device) for _ in range(2))
+        self.carries: Tensor | None = None
+        if size < tables.num_chunks:
+            self.carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device)
+
+    def bounds(self) -> list[tuple[int, int, int]]:
+        """(index, first chunk, end) of each slice, last slice first; one empty slice where there is no chunk."""
+        NT = self.tables.num_chunks
+        starts = range(0, max(NT, 1), self.size)
+        return [(index, c0, min(c0 + self.size, NT)) for index, c0 in reversed(list(enumerate(starts)))]
+
+    def chains(
+        self, index: int, c0: int, c1: int, initial_state: Tensor | None, dht: Tensor | None, checkpoint: Tensor | None,
+        piece_states: tuple[Tensor, Tensor] | None, state_v_first: bool,
+    ) -> None:  # fmt: skip
+        """States and state gradients of chunks c0 .. c1 - 1 into h and dh, M into dv; dh0 of sequences that begin."""
+        q, k, v, do, tables = self.q, self.k, self.v, self.do, self.tables
+        X, Yt = prepare_products(q, k, self.prepared, tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0)
         assert Yt is not None
-        bv, options = _options(launch.chains)
-        chains_kernel[(tables.num_pieces * HV * triton.cdiv(V, bv) * 2,)](
-            views.tokens(q, K), views.tokens(k, K), views.tokens(v, bv), views.tokens(do, bv), *factors,
-            views.matrices(X, CHUNK), views.matrices(Yt, CHUNK), tables.pieces, initial_state,
-            None if checkpoints is None else checkpoints[index], dht,
-            *((None, None) if carries is None else (carries[index % 2], carries[(index + 1) % 2])),
-            views.matrices(h, bv), views.matrices(dh, bv), out.dv, out.dh0, scale, c0, c1, NT, *_strides(q, k, v, do),
-            V_FIRST=state_v_first, **options, **shared,
+        bv, options = _options(self.config.chains)
+        options |= {"V_FIRST": state_v_first, **self.constants}
+        inputs = (
+            self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
+            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces,
+            None if initial_state is None else initial_state.contiguous(),
         )  # fmt: skip
-        if c1 == c0:
-            continue
-        del X, Yt  # their memory serves for what follows
-        U = torch.empty(c1 - c0, HV, CHUNK, V, dtype=q.dtype, device=q.device)
-        D, F = (torch.empty(c1 - c0, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) for _ in range(2))
-        dG = None if g is None else torch.empty(c1 - c0, HV, CHUNK, dtype=torch.float32, device=q.device)
-        bv, options = _options(launch.scores)
-        scores_kernel[((c1 - c0) * HV,)](
-            q, k, views.tokens(v, bv), views.tokens(do, bv), *factors, prepared.Ag, views.matrices(h, bv),
-            views.tokens(out.dv, bv), tables.chunks, out.dv, views.matrices(U, bv), D, F, dG, out.dbeta, scale, c0,
-            *_strides(q, k, v, do), SIGMOID=use_beta_sigmoid_in_kernel, **options, **shared,
-        )  # fmt: skip
-        bv, options = _options(launch.dq)
-        dq_kernel[((c1 - c0) * H,)](
-            q, k, views.tokens(do, bv), prepared.G, prepared.rq, views.matrices(h, bv), tables.chunks, D, dG, out.dq,
-            scale, c0, *_strides(q, k, do), **options, **shared,
-        )  # fmt: skip
-        bv, options = _options(launch.dk)
-        dk_kernel[((c1 - c0) * H,)](
-            q, k, prepared.G, prepared.rk, views.matrices(h, bv), views.matrices(dh, bv), tables.chunks,
-            views.tokens(out.dv, bv), views.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k), **options, **shared,
-        )  # fmt: skip
-        if g is not None:
-            gate_gradients_kernel[((c1 - c0) * HV,)](
-                dG, g, A_log, dt_bias, tables.chunks, out.dg, out.dA_log, out.ddt_bias, c0, g.stride(1), g.stride(2),
-                HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
+        numbers = (self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do))
+        dht = None if dht is None else dht.contiguous()
+        grid = tables.num_pieces * self.HV * triton.cdiv(self.V, bv)
+        starts = ends = None
+        if piece_states is not None:
+            starts, maps = piece_states
+            summaries, ends = torch.empty_like(starts), torch.empty_like(starts)
+            chains_kernel[(grid,)](*inputs, None, None, dht, *[None] * 7, summaries, *numbers, SUMMARY=True, **options)
+            BK = self.constants["BK"]
+            merge_gradients_kernel[(tables.num_pieces * self.HV * triton.cdiv(self.V, 16),)](
+                summaries, maps, ends, tables.pieces,
+                HV=self.HV, K=self.K, V=self.V, BK=BK, BV=16, BR=min(32, BK), num_warps=8, num_stages=1,
             )  # fmt: skip
-    dA_log, ddt_bias = (None if x is None else sum_partials(x) for x in (out.dA_log, out.ddt_bias))
-    return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
+        carry_in = carry_out = None
+        if self.carries is not None:
+            carry_in, carry_out = self.carries[index % 2], self.carries[(index + 1) % 2]
+        chains_kernel[(2 * grid,)](
+            *inputs, starts, checkpoint, dht, ends, carry_in, carry_out, self.matrices(self.h, bv),
+            self.matrices(self.dh, bv), self.out.dv, self.out.dh0, None, *numbers, SUMMARY=False, **options,
+        )  # fmt: skip
 
+    def local(self, c0: int, c1: int, with_gate: bool, sigmoid: bool) -> Tensor | None:
+        """dq, dk, dv, dbeta of chunks c0 .. c1 - 1; returns dG [c1 - c0, HV, 64] float32."""
+        q, k, do, out, chunks = self.q, self.k, self.do, self.out, self.tables.chunks
+        shape = (c1 - c0, self.HV, CHUNK)
+        U, D, F = (torch.empty(*shape, width, dtype=q.dtype, device=q.device) for width in (self.V, CHUNK, CHUNK))
+        dG = torch.empty(shape, dtype=torch.float32, device=q.device) if with_gate else None
+        bv, options = _options(self.config.scores)
+        scores_kernel[((c1 - c0) * self.HV,)](
+            q, k, self.tokens(self.v, bv), self.tokens(do, bv), *self.factors(), self.prepared.Ag,
+            self.matrices(self.h, bv), self.tokens(out.dv, bv), chunks, out.dv, self.matrices(U, bv), D, F, dG,
+            out.dbeta, self.scale, c0, *_strides(q, k, self.v, do), SIGMOID=sigmoid, **options, **self.constants,
+        )  # fmt: skip
+        bv, options = _options(self.config.dq)
+        dq_kernel[((c1 - c0) * self.H,)](
+            q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D, dG,
+            out.dq, self.scale, c0, *_strides(q, k, do), **options, **self.constants,
+        )  # fmt: skip
+        bv, options = _options(self.config.dk)
+        dk_kernel[((c1 - c0) * self.H,)](
+            q, k, self.prepared.G, self.prepared.rk, self.matrices(self.h, bv), self.matrices(self.dh, bv), chunks,
+            self.tokens(out.dv, bv), self.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k),
+            **options, **self.constants,
+        )  # fmt: skip
+        return dG
 
-def _tma_fits(*tensors: Tensor) -> bool:
-    """Whether the bulk copy engine can read these: packed heads, head dims that need no padding, 16-byte alignment."""
-    for x in tensors:
-        dim = x.shape[3]
-        packed = not dim & (dim - 1) and x.stride(2) == dim and not x.stride(1) % 8 and not x.data_ptr() % 16
-        if not packed or x.numel() == 0 or x.dtype == torch.float32:
-            return False
-    return True
+    def factors(self) -> tuple[Tensor | None, ...]:
+        """Row factors of all chunks."""
+        return self.prepared.G, self.prepared.bt, self.prepared.rq, self.prepared.rk
+
+    def tokens(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
+        """x [B, T, heads, D], for tiles of 64 rows and `width` columns: a descriptor, or x itself without TMA."""
+        if not self.tma:
+            return x
+        shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
+        return TensorDescriptor(x, shape, [x.stride(1), 1], [CHUNK, width])
+
+    def matrices(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
+        """x [.., R, D] contiguous, for tiles of R rows and `width` columns: a descriptor, or x itself without TMA."""
+        if not self.tma:
+            return x
+        rows, columns = x.shape[-2:]
+        return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -210,25 +281,14 @@ def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
     return block_v, options | ({"maxnreg": limit[0]} if limit else {})
 
 
-class _Views:
-    """What a kernel is given of a tensor: a descriptor for the bulk copy engine, or the tensor itself."""
-
-    def __init__(self, tma: bool) -> None:
-        self.tma = tma
-
-    def tokens(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
-        """x [B, T, heads, D], read in tiles of 64 rows and `width` columns."""
-        if not self.tma:
-            return x
-        shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
-        return TensorDescriptor(x, shape, [x.stride(1), 1], [CHUNK, width])
-
-    def matrices(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
-        """x [.., R, D] contiguous, read or written in tiles of R rows and `width` columns."""
-        if not self.tma:
-            return x
-        rows, columns = x.shape[-2:]
-        return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
+def _tma_fits(*tensors: Tensor) -> bool:
+    """Whether the bulk copy engine can read these: packed heads, head dims that need no padding, 16-byte alignment."""
+    for x in tensors:
+        dim = x.shape[3]
+        packed = not dim & (dim - 1) and x.stride(2) == dim and not x.stride(1) % 8 and not x.data_ptr() % 16
+        if not packed or x.numel() == 0 or x.dtype == torch.float32:
+            return False
+    return True
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -236,20 +296,17 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _allocate(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, NT: int, N: int, gate: bool,
-    dt_bias: Tensor | None, state_v_first: bool, need_dh0: bool,
-) -> Gradients:  # fmt: skip
-    """Empty gradients; those of A_log and dt_bias are still one part for each chunk, [NT, HV]."""
-    HV, V = v.shape[2:]
-    K = q.shape[3]
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, num_states: int | None, state_v_first: bool
+) -> Gradients:
+    """Empty gradients of the inputs, contiguous; dh0 for `num_states` sequences."""
 
-    def like(x: Tensor | None) -> Tensor | None:
-        return None if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    def like(x: Tensor) -> Tensor:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
-    def float32(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=q.device)
-
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    dh0 = float32(N, HV, *((V, K) if state_v_first else (K, V))) if need_dh0 else None
-    parts = [float32(NT, HV) if gate else None for _ in range(2)]
-    return Gradients(dq, dk, dv, like(g), like(beta), dh0, *parts)
+    dh0 = None
+    if num_states is not None:
+        dims = (v.shape[3], q.shape[3]) if state_v_first else (q.shape[3], v.shape[3])
+        dh0 = torch.empty(num_states, v.shape[2], *dims, dtype=torch.float32, device=q.device)
+    dg = None if g is None else like(g)
+    dbeta = None if beta is None else like(beta)
+    return Gradients(like(q), like(k), like(v), dg, dbeta, dh0, None, None)

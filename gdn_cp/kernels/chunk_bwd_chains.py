@@ -18,6 +18,8 @@ Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, C = 
 the slice of chunks [c0, c0 + NC) that a launch works on.
 """
 
+# ruff: noqa: SIM102  (an if on a constant is decided when the kernel is compiled, `and` is not)
+
 from __future__ import annotations
 
 import triton
@@ -167,9 +169,12 @@ def _gradient_chain(
     q, k, do, G, bt, rq, rk, X, Yt, dh, M, dS, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk down from gradient dS through chunks first + count - 1 .. first, storing M, and in dh dS after each."""
+    """Walk down from gradient dS through chunks first + count - 1 .. first, storing M, and in dh dS after each.
+
+    Returns the gradient before the first; with SUMMARY that is all it does.
+    """
     i_c = tl.arange(0, C)
     top = (first + count - 1).to(tl.int64)
     G_i, G_last, beta, q_norm, k_norm = _row_factors(G, bt, rq, rk, top, hk, hv, count > 0, H, HV, C)
@@ -190,23 +195,27 @@ def _gradient_chain(
         q_tile = token_tile(q, row, hk, 0, n_rows, stride_qt, stride_qh, K, BK, C, TMA)
         k_tile = token_tile(k, row, hk, 0, n_rows, stride_kt, stride_kh, K, BK, C, TMA)
         dS_b = dS.to(x_tile.dtype)
-        store_matrix_tile(dh, dS_b, index, i_v, K, V, BK, BV, TMA)
+        if not SUMMARY:
+            store_matrix_tile(dh, dS_b, index, i_v, K, V, BK, BV, TMA)
         M_tile = tl.dot(y_tile, do_tile, input_precision=PRECISION)
         M_tile = tl.dot(tl.trans(x_tile), dS_b, acc=M_tile, input_precision=PRECISION)
         do_scaled = (do_tile.to(tl.float32) * q_scale[:, None]).to(x_tile.dtype)
         dS = tl.dot(tl.trans(q_tile), do_scaled, acc=dS * lam, input_precision=PRECISION)
         M_scaled = (M_tile * k_scale[:, None]).to(x_tile.dtype)
         dS = tl.dot(tl.trans(k_tile), M_scaled, acc=dS, input_precision=PRECISION)
-        store_rows(M + (row * HV + hv) * V, M_tile, i_v, n_rows, HV * V, V, BV, C)
+        if not SUMMARY:
+            store_rows(M + (row * HV + hv) * V, M_tile, i_v, n_rows, HV * V, V, BV, C)
     return dS
 
 
 @triton.jit(do_not_specialize=["c0", "c1", "total_chunks"])
 def chains_kernel(
-    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, initial_state, checkpoint, dht, carry_in, carry_out,
-    h, dh, M, dh0, scale, c0, c1, total_chunks, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
+    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, initial_state, starts, checkpoint, dht, ends, carry_in, carry_out,
+    h, dh, M, dh0, summaries, scale, c0, c1, total_chunks,
+    stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one direction (program id odd: gradients), BV columns of the state, one value head, one piece.
 
@@ -216,52 +225,121 @@ def chains_kernel(
     For example, lengths of 3 and 2 chunks and the slice [2, 4): sequence 0 starts at chunk 2 from the checkpoint, takes
     its own final gradient and writes carry_out; sequence 1 does chunk 3 from its initial state with carry_in, and
     writes dh0.
+
+    Where sequences are cut into pieces, `starts` and `ends` [NP, HV, K, V] hold the state at the start of each piece
+    that is not the first of its sequence, and the gradient at the end of each that is not the last. With SUMMARY, all
+    programs walk the gradients of pieces that are not the first, from zero unless the last, into `summaries`.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
+    WALKS: tl.constexpr = 1 if SUMMARY else 2
     pid = tl.program_id(0)
-    is_gradient = pid % 2
-    i_v = (pid // 2) % NV
-    hv = ((pid // (2 * NV)) % HV).to(tl.int64)
-    piece = pieces + (pid // (2 * NV * HV)) * 8
+    i_v = (pid // WALKS) % NV
+    hv = ((pid // (WALKS * NV)) % HV).to(tl.int64)
+    i_p = pid // (WALKS * NV * HV)
+    piece = pieces + i_p * 8
     seq = tl.load(piece)
     piece_first = tl.load(piece + 1)
     piece_count = tl.load(piece + 2)
     piece_end = piece_first + piece_count
+    is_first = tl.load(piece + 5) != 0
+    is_last = tl.load(piece + 6) != 0
     first = tl.maximum(piece_first, c0)
     count = tl.minimum(piece_end, c1) - first
     # An empty sequence still hands its gradient through; its place may be the end of the last slice.
     empty_here = (piece_count == 0) & (piece_first >= c0) & ((piece_first < c1) | (c1 == total_chunks))
-    if (seq >= 0) & ((count > 0) | empty_here):
+    works = (seq >= 0) & ((count > 0) | empty_here)
+    if SUMMARY:
+        works = works & (is_first == 0)
+    if works:
         hk = hv // (HV // H)
         first_row = tl.load(piece + 3) + (first - piece_first) * C
         end_row = tl.load(piece + 4)
         state_at = (seq.to(tl.int64) * HV + hv) * (K * V)
+        piece_at = (i_p.to(tl.int64) * HV + hv) * (K * V)
         own_at = hv * (K * V)
         state = tl.zeros([BK, BV], tl.float32)
-        if is_gradient == 0:
+        if (pid % 2 == 0) & (WALKS == 2):
             if initial_state is not None:
-                state = load_state(initial_state + state_at, i_v, K, V, BK, BV, V_FIRST)
+                if is_first:
+                    state = load_state(initial_state + state_at, i_v, K, V, BK, BV, V_FIRST)
+            if starts is not None:
+                if is_first == 0:
+                    state = load_state(starts + piece_at, i_v, K, V, BK, BV, False)
             if checkpoint is not None:
                 if piece_first < c0:
                     state = load_state(checkpoint + own_at, i_v, K, V, BK, BV, False)
-            _state_chain(
-                k, v, G, bt, rk, X, h, state, hk, hv, i_v, first_row, end_row, first, count, c0,
-                stride_kt, stride_kh, stride_vt, stride_vh, H, HV, K, V, BK, BV, C, TMA, PRECISION, STAGES,
-            )  # fmt: skip
+            if not SUMMARY:
+                _state_chain(
+                    k, v, G, bt, rk, X, h, state, hk, hv, i_v, first_row, end_row, first, count, c0,
+                    stride_kt, stride_kh, stride_vt, stride_vh, H, HV, K, V, BK, BV, C, TMA, PRECISION, STAGES,
+                )  # fmt: skip
         else:
             if dht is not None:
-                state = load_state(dht + state_at, i_v, K, V, BK, BV, V_FIRST)
+                if is_last:
+                    state = load_state(dht + state_at, i_v, K, V, BK, BV, V_FIRST)
+            if ends is not None:
+                if is_last == 0:
+                    state = load_state(ends + piece_at, i_v, K, V, BK, BV, False)
             if carry_in is not None:
                 if piece_end > c1:
                     state = load_state(carry_in + own_at, i_v, K, V, BK, BV, False)
             state = _gradient_chain(
                 q, k, do, G, bt, rq, rk, X, Yt, dh, M, state, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
-                H, HV, K, V, BK, BV, C, TMA, PRECISION, STAGES,
+                H, HV, K, V, BK, BV, C, TMA, SUMMARY, PRECISION, STAGES,
             )  # fmt: skip
+            if SUMMARY:
+                store_state(summaries + piece_at, state, i_v, K, V, BK, BV, False)
             if carry_out is not None:
                 if piece_first < c0:
                     store_state(carry_out + own_at, state, i_v, K, V, BK, BV, False)
             if dh0 is not None:
-                if piece_first >= c0:
+                if is_first & (piece_first >= c0):
                     store_state(dh0 + state_at, state, i_v, K, V, BK, BV, V_FIRST)
+
+
+@triton.jit
+def merge_gradients_kernel(
+    summaries, maps, ends, pieces,
+    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """One program: a sequence, value head, BV columns; the gradient at the end of each piece but the last.
+
+    Over a piece the state obeys S_out = S_ext + M S_in, so its gradient dS_in = dS_ext + M^T dS_out: from the last
+    piece down, dS := dS_ext + M^T dS in float32. `maps` [NP, HV, K, V + K] hold M in their last K columns. dS goes
+    through its place in `ends`, from where the product reads it by BR rows, after a barrier.
+    """
+    NV: tl.constexpr = (V + BV - 1) // BV
+    pid = tl.program_id(0)
+    i_v = pid % NV
+    hv = (pid // NV) % HV
+    i_p = (pid // (NV * HV)).to(tl.int64)
+    if (tl.load(pieces + i_p * 8) < 0) | (tl.load(pieces + i_p * 8 + 5) == 0):
+        return
+    left = tl.load(pieces + i_p * 8 + 7)
+    i_k = tl.arange(0, BK)
+    i_r = tl.arange(0, BR)
+    cols = i_v * BV + tl.arange(0, BV)
+    tile = i_k[:, None] * V + cols[None, :]
+    mask = (i_k[:, None] < K) & (cols[None, :] < V)
+    dS = tl.load(summaries + ((i_p + left) * HV + hv) * (K * V) + tile, mask=mask & (left > 0), other=0.0)
+    for step in range(0, left):
+        at = (i_p + left - 1 - step) * HV + hv
+        tl.store(ends + at * (K * V) + tile, dS, mask=mask)
+        tl.debug_barrier()
+        more = step < left - 1
+        dS = tl.load(summaries + at * (K * V) + tile, mask=mask & more, other=0.0)
+        M = maps + at * (K * (V + K)) + V
+        for first in range(0, K, BR):
+            rows = first + i_r
+            M_t = tl.load(
+                M + rows[None, :] * (V + K) + i_k[:, None],
+                mask=(i_k[:, None] < K) & (rows[None, :] < K) & more,
+                other=0.0,
+            )
+            part = tl.load(
+                ends + at * (K * V) + rows[:, None] * V + cols[None, :],
+                mask=(rows[:, None] < K) & (cols[None, :] < V),
+                other=0.0,
+            )
+            dS = tl.dot(M_t, part, acc=dS, input_precision="ieee")

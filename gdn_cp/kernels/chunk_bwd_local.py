@@ -247,10 +247,10 @@ def dk_kernel(
 
 @triton.jit(do_not_specialize=["c0"])
 def gate_gradients_kernel(
-    dG, g, A_log, dt_bias, chunks, dg, dA_part, ddt_part, c0, stride_gt, stride_gh,
+    dG, g, A_log, dt_bias, chunks, dg, parts, c0, stride_gt, stride_gh,
     HV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // HV and value head id % HV; dg, and the chunk's share of dA_log and ddt_bias."""
+    """One program: chunk c0 + id // HV and value head id % HV; dg, and parts [NT, 2, HV] of dA_log and ddt_bias."""
     pid = tl.program_id(0)
     local = (pid // HV).to(tl.int64)
     chunk = c0 + local
@@ -267,7 +267,7 @@ def gate_gradients_kernel(
         if dt_bias is not None:
             x += tl.load(dt_bias + hv).to(tl.float32)
         rate = -tl.exp(tl.load(A_log + hv).to(tl.float32))
-        tl.store(dA_part + chunk * HV + hv, tl.sum(dg_i * rate * softplus(x), 0))
+        tl.store(parts + chunk * 2 * HV + hv, tl.sum(dg_i * rate * softplus(x), 0))
         dg_i = dg_i * rate * tl.sigmoid(x)
-        tl.store(ddt_part + chunk * HV + hv, tl.sum(dg_i, 0))
+        tl.store(parts + (chunk * 2 + 1) * HV + hv, tl.sum(dg_i, 0))
     tl.store(dg + at * HV + hv, dg_i.to(dg.dtype.element_ty), mask=valid)

@@ -318,8 +318,8 @@ class _Walk:
             ),
         )  # fmt: skip
 
-    def piece_states(self) -> Tensor:
-        """[NP, HV, K, V] float32: the state at the start of each piece that is not the first of its sequence."""
+    def piece_states(self) -> tuple[Tensor, Tensor]:
+        """The state at the start of each piece that is not the first of its sequence, and the summaries behind it."""
         NP, HV, K, V = self.tables.num_pieces, self.HV, self.K, self.V
         sums = torch.empty(NP, HV, K, V + K, dtype=torch.float32, device=self.device)
         starts = torch.empty(NP, HV, K, V, dtype=torch.float32, device=self.device)
@@ -331,7 +331,7 @@ class _Walk:
                 BR=min(32, _power_of_2(K)), STAGES=4,
             ),
         )  # fmt: skip
-        return starts
+        return starts, sums
 
 
 def chain_forward(
@@ -348,8 +348,12 @@ def chain_forward(
     launch: ChainLaunch | None = None,
     checkpoints: Tensor | None = None,
     slice_chunks: int = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """Outputs [B, T, HV, V] in v's dtype and, if asked for, final states, float32 in the layout of `initial_state`.
+) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+    """Outputs [B, T, HV, V] in v's dtype, final states if asked for, and what is known of pieces if there are several.
+
+    Final states are float32 in the layout of `initial_state`. Of pieces: the state at the start of each that is not the
+    first of its sequence [NP, HV, K, V], and the summaries (S_ext | M) [NP, HV, K, V + K] of those that are not the
+    last, M only of those that are not the first; float32, the rest is not written.
 
     `prepared` and `tables` belong to the same batch; q, k, v need a contiguous last dimension and evenly spaced rows.
     `checkpoints` [ceil(NT / slice_chunks), HV, K, V] float32 receives the states before chunks 0, slice_chunks, ...
@@ -362,10 +366,12 @@ def chain_forward(
     final = torch.empty(state_shape, dtype=torch.float32, device=v.device) if output_final_state else None
     initial = None if initial_state is None else initial_state.contiguous()
     walk = _Walk(q, k, v, prepared, tables, scale, initial, state_v_first, launch)
+    states = None
     if tables.num_pieces:
-        starts = walk.piece_states() if tables.num_pieces > N else None
+        states = walk.piece_states() if tables.num_pieces > N else None
+        starts = None if states is None else states[0]
         walk.launch(starts=starts, o=o, final=final, checkpoints=checkpoints, slice_chunks=slice_chunks)
-    return o, final
+    return o, final, states
 
 
 def compile_cases() -> list[CompileCase]:

@@ -78,8 +78,8 @@ def _forward(
     use_gate_in_kernel: bool,
     use_beta_sigmoid_in_kernel: bool,
     state_v_first: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final state, G, bt, rq, rk, Ag, checkpoints); a tensor without elements stands for None."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None."""
     (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
@@ -101,7 +101,7 @@ def _forward(
     )
     length = slice_chunks(tables.num_chunks, HV, K, V, q.element_size())
     checkpoints = q.new_empty(_checkpoints(tables.num_chunks, length, HV, K, V), dtype=torch.float32)
-    o, final = chain_forward(
+    o, final, pieces = chain_forward(
         q,
         k,
         v,
@@ -116,8 +116,9 @@ def _forward(
         slice_chunks=length,
     )
     kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
+    starts, sums = pieces or (_absent(q), _absent(q))
     G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)
-    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints
+    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints, starts, sums
 
 
 @_forward.register_fake
@@ -131,6 +132,8 @@ def _(
     else:
         N = cu_seqlens.shape[0] - 1
         NT = (T + (CHUNK - 1) * N) // CHUNK
+    cut = chain_plan(q.device, q.dtype, int(N), int(B * T), HV, K, V)[1]
+    NP = N + (NT // cut if cut else 0)
     state = ((N, HV, V, K) if state_v_first else (N, HV, K, V)) if output_final_state else (0,)
     norms = (NT, H, CHUNK) if use_qk_l2norm_in_kernel else (0,)
 
@@ -146,6 +149,8 @@ def _(
         float32(*norms),
         q.new_empty((NT, HV, CHUNK, CHUNK)),
         float32(*_checkpoints(NT, slice_chunks(NT, HV, K, V, q.element_size()), HV, K, V)),
+        float32(*((NP, HV, K, V) if NP > N else (0,))),
+        float32(*((NP, HV, K, V + K) if NP > N else (0,))),
     )
 
 
@@ -164,6 +169,8 @@ def _backward(
     rk: Tensor,
     Ag: Tensor,
     checkpoints: Tensor,
+    starts: Tensor,
+    sums: Tensor,
     scale: float,
     initial_state: Tensor | None,
     A_log: Tensor | None,
@@ -174,9 +181,13 @@ def _backward(
     use_beta_sigmoid_in_kernel: bool,
     state_v_first: bool,
     need_dh0: bool,
+    piece_chunks: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None."""
     norm = use_qk_l2norm_in_kernel
+    pieces: dict[str, Any] = {}
+    if starts.numel():
+        pieces = {"piece_states": (starts, sums), "piece_chunks": piece_chunks}
     gradients = chunk_gated_delta_rule_bwd(
         do if do.stride(-1) == 1 else do.contiguous(),
         dht,
@@ -197,6 +208,7 @@ def _backward(
         state_v_first=state_v_first,
         need_dh0=need_dh0,
         checkpoints=checkpoints if checkpoints.numel() else None,
+        **pieces,
     )
     dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = (_absent(q) if x is None else x for x in gradients)
     return dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias
@@ -204,8 +216,9 @@ def _backward(
 
 @_backward.register_fake
 def _(
-    do, dht, q, k, v, g, beta, G, bt, rq, rk, Ag, checkpoints, scale, initial_state, A_log, dt_bias, cu_seqlens,
-    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, need_dh0,
+    do, dht, q, k, v, g, beta, G, bt, rq, rk, Ag, checkpoints, starts, sums, scale, initial_state, A_log, dt_bias,
+    cu_seqlens,
+    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, need_dh0, piece_chunks,
 ):  # fmt: skip
     HV, N = v.shape[2], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, HV, v.shape[3], q.shape[3]) if state_v_first else (N, HV, q.shape[3], v.shape[3])
@@ -234,7 +247,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *output[2:])
-    ctx.scale, ctx.flags = scale, flags
+    ctx.scale, ctx.flags, ctx.piece_chunks = scale, flags, 0
+    if output[-1].numel():
+        (B, T, HV, V), K = v.shape, q.shape[3]
+        N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+        ctx.piece_chunks = chain_plan(q.device, q.dtype, N, B * T, HV, K, V)[1]
 
 
 def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -257,6 +274,7 @@ def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tupl
         cu_seqlens,
         *ctx.flags,
         initial_state is not None and ctx.needs_input_grad[6],
+        ctx.piece_chunks,
     )
 
     def gradient(x: Tensor | None, dx: Tensor) -> Tensor | None:

@@ -146,6 +146,14 @@ def test_slices_of_two_chunks_change_nothing(case, monkeypatch):
         assert torch.equal(gradient, sliced[name]), f"gradient of {name}"
 
 
+@pytest.mark.parametrize("case", [Case(T=230), Case(lengths=(200, 0, 70), v_first=True)], ids=["one", "packed"])
+def test_sequences_cut_into_pieces(case, monkeypatch):
+    """Pieces of one chunk: the first, inner ones with their maps, a last one that starts from the final gradient."""
+    monkeypatch.setenv("GDN_CP_PIECE_CHUNKS", "1")
+    expected = _gradients(recurrent_gated_delta_rule_reference, case, torch.float64, "cpu")
+    _assert_close(_gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE), expected)
+
+
 def test_same_bits_on_repetition():
     case = Case(HV=2, lengths=(70, 3))
     first, second = (_gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE) for _ in range(2))

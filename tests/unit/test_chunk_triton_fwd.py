@@ -206,8 +206,9 @@ def test_chain_without_final_state():
     q, k, v = inputs["q"], inputs["k"], inputs["v"]
     prepared = prepare(q, k, inputs["g"], inputs["beta"], tables, scale=1.0, num_v_heads=1)
     options = {"scale": 1.0, "initial_state": None, "state_v_first": False}
-    o, final = chain_forward(q, k, v, prepared, tables, output_final_state=False, **options)
-    with_final, state = chain_forward(q, k, v, prepared, tables, output_final_state=True, **options)
+    o, final, pieces = chain_forward(q, k, v, prepared, tables, output_final_state=False, **options)
+    with_final, state, _ = chain_forward(q, k, v, prepared, tables, output_final_state=True, **options)
     assert final is None
+    assert pieces is None
     assert state.shape == (1, 1, 16, 16)
     assert torch.equal(o, with_final)
