@@ -147,17 +147,3 @@ def test_repetition_gives_the_same_bits():
     assert torch.equal(runs[0][0], runs[1][0])
     assert runs[0][1] is not None
     assert torch.equal(runs[0][1], runs[1][1])
-
-
-def test_torch_compile_keeps_one_graph():
-    inputs, bank = make_inputs(2, 1), make_bank(2, dtype=torch.float32, v_first=True)
-    other, slots = bank.clone(), torch.tensor([1, 0], device="cuda")
-
-    def step(tokens: dict, states: Tensor) -> Tensor:
-        return fused_recurrent_gated_delta_rule(
-            **tokens, **FLAGS, initial_state=states, state_indices=slots, state_v_first=True
-        )[0]
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(inputs, bank), step(inputs, other))
-    assert torch.equal(bank, other)

@@ -4,7 +4,11 @@ Without a GPU the Triton kernel runs in the interpreter, in float32. Tolerances:
 handful of tokens stay below 1e-5; a bfloat16 bank rounds the state once a token, 2^-9 relative each.
 """
 
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -301,3 +305,28 @@ def test_gradient_is_refused_only_where_one_would_be_recorded():
     with torch.no_grad():
         o, _ = fused_recurrent_gated_delta_rule(**inputs, **FLAGS)
     assert not o.requires_grad
+
+
+COMPILED = """
+import torch
+from gdn_cp import fused_recurrent_gated_delta_rule
+
+def step(q, k, v, g, beta, bank, slots):
+    o, _ = fused_recurrent_gated_delta_rule(q, k, v, -g.exp(), beta, initial_state=bank, state_indices=slots)
+    return 2 * o
+
+tokens = [torch.randn(2, 1, 2, 16), torch.randn(2, 1, 2, 16), torch.randn(2, 1, 4, 8), torch.randn(2, 1, 4)]
+tokens.append(torch.rand(2, 1, 4))
+bank, slots = torch.randn(3, 4, 16, 8), torch.tensor([2, 0])
+other = bank.clone()
+compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+with torch.no_grad():
+    print(torch.equal(compiled(*tokens, bank, slots), step(*tokens, other, slots)), torch.equal(bank, other))
+"""
+
+
+def test_torch_compile_sees_one_graph_and_the_bank_is_updated():
+    environment = {key: x for key, x in os.environ.items() if key not in ("TORCHDYNAMO_DISABLE", "TRITON_INTERPRET")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "True"], done.stderr
