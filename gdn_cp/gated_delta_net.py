@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdn_cp.comm.all_to_all import cp_to_hp, hp_to_cp
+from gdn_cp.comm.choice import A2aSize, choose_a2a_size
 from gdn_cp.comm.groups import CpGroups, cp_groups
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.kernels.conv1d import causal_conv1d
@@ -100,7 +101,7 @@ def gated_delta_net_mixer(
     out_norm_weight: Tensor,
     layout: ThdLayout | None = None,
     group: dist.ProcessGroup | None = None,
-    a2a_size: int | None = None,
+    a2a_size: A2aSize = None,
     norm_eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
@@ -121,9 +122,9 @@ def gated_delta_net_mixer(
         out_norm_weight: [V].
         layout: which rows this rank holds. None: one unpadded sequence on one rank.
         group: the context-parallel group; None: one rank.
-        a2a_size: ranks that trade heads for tokens, a divisor of the group's size; None for all of the group. With
-            less, groups of a2a_size neighbours pass states to each other; the first call with 1 < a2a_size < size
-            makes process groups, see `gdn_cp.comm.groups.cp_groups`.
+        a2a_size: ranks that trade heads for tokens, a divisor of the group's size; None for all of the group, "auto"
+            for the planner's choice. With less than all, groups of a2a_size neighbours pass states to each other; the
+            first call with 1 < a2a_size < size makes process groups, see `gdn_cp.comm.groups.cp_groups`.
         norm_eps: epsilon of the gated RMSNorm.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
 
@@ -139,7 +140,8 @@ def gated_delta_net_mixer(
     """
     size = 1 if group is None else group.size()
     rank = 0 if group is None else group.rank()
-    a2a_size = _check_call(projected, dims, layout, size, a2a_size)
+    _check_call(projected, dims, layout, size)
+    a2a_size = choose_a2a_size(a2a_size, layout, dims, element_size=projected.element_size())
     _check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
     heads, head_index = dims.per_rank(a2a_size), rank % a2a_size
     groups = None if group is None or a2a_size == size else cp_groups(group, a2a_size)
@@ -230,8 +232,8 @@ def _of_this_rank(parameter: Tensor, sections: Sequence[int], index: int, size: 
     return torch.cat([part.narrow(0, index * share, share) for part, share in zip(parts, shares, strict=True)])
 
 
-def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size: int, a2a_size: int | None) -> int:
-    """Refuse rows, layout and group that do not fit each other; return the resolved a2a_size."""
+def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size: int) -> None:
+    """Refuse rows, layout and group that do not fit each other."""
     if projected.dim() != 2 or projected.shape[1] != dims.in_proj_dim:
         raise ValueError(
             f"projected has shape {tuple(projected.shape)}, expected [rows, {dims.in_proj_dim}]: the sections q, k, v, "
@@ -258,14 +260,6 @@ def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size
                 f"layout is on {layout.cu_seqlens_tensor().device} but projected on {projected.device}: "
                 "use layout.to(device) once per batch"
             )
-    if a2a_size is None:
-        return size
-    if a2a_size < 1 or size % a2a_size:
-        divisors = [d for d in range(1, size + 1) if size % d == 0]
-        raise ValueError(
-            f"a2a_size={a2a_size} does not divide the context-parallel size {size}: choose one of {divisors}"
-        )
-    return a2a_size
 
 
 def _check_parameters(
@@ -384,7 +378,7 @@ class GatedDeltaNet(nn.Module):
         *,
         layout: ThdLayout | None = None,
         group: dist.ProcessGroup | None = None,
-        a2a_size: int | None = None,
+        a2a_size: A2aSize = None,
         backend: str | None = None,
         batch_first: bool = True,
     ) -> Tensor:

@@ -32,11 +32,12 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from gdn_cp.comm.layout import _build_head_perm_for_split_sections
+from gdn_cp.comm.choice import A2aSize, choose_a2a_size
+from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
 from gdn_cp.gated_delta_net import GdnDims, gated_delta_net_mixer, keep_precision
 from gdn_cp.megatron.compat import module_name, split_tensor_factory
 from gdn_cp.megatron.norm import gain_of
-from gdn_cp.megatron.packed import cp_group_of, is_packed, layout_of_batch, layout_of_packed
+from gdn_cp.megatron.packed import GdnPackedSeqParams, cp_group_of, is_packed, layout_of_batch, layout_of_packed
 
 IN_PROJ_SECTIONS = ("query", "key", "value", "z", "beta", "alpha")
 
@@ -74,6 +75,9 @@ class GatedDeltaNet(MegatronModule):
         cp_comm_type: an attention setting, without meaning here, as pp_layer_offset.
         pp_layer_offset: see cp_comm_type.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
+        a2a_size: how context parallelism shares the work where the batch's packed_seq_params leave it open: the ranks
+            that trade heads for tokens, a divisor of the group's size; "auto" for the planner's choice for each batch,
+            which takes any head count; None for all of the group.
 
     Raises:
         ValueError: for sizes that tp does not divide and for unsupported settings.
@@ -99,6 +103,7 @@ class GatedDeltaNet(MegatronModule):
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
         backend: str | None = None,
+        a2a_size: A2aSize = "auto",
     ) -> None:
         super().__init__(config)
         if pg_collection is None:
@@ -112,6 +117,7 @@ class GatedDeltaNet(MegatronModule):
         self.pg_collection = pg_collection
         self.layer_number = layer_number
         self.backend = backend
+        self.a2a_size: A2aSize = a2a_size
         self.conv_init, self.A_init_range = conv_init, A_init_range
         self.tp_size, self.tp_rank = pg_collection.tp.size(), pg_collection.tp.rank()
         self.all_heads = all_heads = dims_of_config(config)
@@ -278,6 +284,7 @@ class GatedDeltaNet(MegatronModule):
             layout = layout_of_packed(packed_seq_params, seqlen, cp_size, projected.device)
         else:
             layout = layout_of_batch(batch, seqlen * cp_size, cp_size, projected.device)
+        a2a_size = self._a2a_size(packed_seq_params, layout, projected)
         mixed = gated_delta_net_mixer(
             projected.transpose(0, 1).flatten(0, 1),
             dims=self.dims,
@@ -288,11 +295,21 @@ class GatedDeltaNet(MegatronModule):
             out_norm_weight=self._out_norm_gain(),
             layout=layout,
             group=group,
-            a2a_size=getattr(packed_seq_params, "a2a_size", None),
+            a2a_size=a2a_size,
             norm_eps=self.config.layernorm_epsilon,
             backend=self.backend,
         )
         return self.out_proj(mixed.unflatten(0, (batch, seqlen)).transpose(0, 1).contiguous())
+
+    def _a2a_size(self, packed_seq_params: PackedSeqParams | None, layout: ThdLayout, projected: Tensor) -> int:
+        """The batch's a2a_size where it has one, else this layer's, resolved for the batch."""
+        asked: A2aSize = getattr(packed_seq_params, "a2a_size", None)
+        if asked is None:
+            asked = self.a2a_size
+        taken = choose_a2a_size(asked, layout, self.dims, element_size=projected.element_size())
+        if isinstance(packed_seq_params, GdnPackedSeqParams):
+            packed_seq_params.a2a_size_taken = taken
+        return taken
 
     def _out_norm_gain(self) -> Tensor:
         """The gated norm's weight. Each tp rank's gradient of it covers its own heads, so the ranks must be summed.

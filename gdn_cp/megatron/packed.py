@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from gdn_cp.comm.choice import A2aSize, check_request
 from gdn_cp.comm.layout import ThdLayout
 
 _KEPT = "_gdn_cp_layout"
@@ -26,15 +27,18 @@ _KEPT = "_gdn_cp_layout"
 class GdnPackedSeqParams(PackedSeqParams):
     """Megatron's PackedSeqParams with the batch's layout. Build it with `packed_seq_params_from_layout`.
 
-    `layout` is shared by all layers; `a2a_size` as in `gdn_cp.gated_delta_net_mixer` (None: the group's size).
+    `layout` is shared by all layers. `a2a_size`: ranks that trade heads for tokens in the GDN layers, or "auto" for the
+    planner's choice; None leaves it to each layer's own `a2a_size`. `a2a_size_taken` is written by the GDN layers: what
+    the last one took (for logs).
     """
 
     layout: ThdLayout | None = None
-    a2a_size: int | None = None
+    a2a_size: A2aSize = None
+    a2a_size_taken: int | None = None
 
 
 def packed_seq_params_from_layout(
-    layout: ThdLayout, group: dist.ProcessGroup | None = None, a2a_size: int | None = None
+    layout: ThdLayout, group: dist.ProcessGroup | None = None, a2a_size: A2aSize = None
 ) -> GdnPackedSeqParams:
     """Describe a batch to a Megatron model by its layout.
 
@@ -42,15 +46,17 @@ def packed_seq_params_from_layout(
         layout: of this batch, on the device of the model. Its padded boundaries become `cu_seqlens_*_padded`, the
             boundaries of the real tokens alone `cu_seqlens_*`, the longest padded length `max_seqlen_*`.
         group: the context-parallel group of this batch; None: the model's own.
-        a2a_size: ranks that trade heads for tokens in the GDN layers; None: all of the group.
+        a2a_size: ranks that trade heads for tokens in the GDN layers of this batch, a divisor of the group's size, or
+            "auto" for the planner's choice. None: as each layer says (see `get_gdn_layer_spec`).
 
     Raises:
-        ValueError: for a group of another size than the layout's.
+        ValueError: for a group of another size than the layout's, and an a2a_size that does not divide it.
     """
     if group is not None and group.size() != layout.cp_size:
         raise ValueError(
             f"layout.cp_size={layout.cp_size} but group has {group.size()} rank(s): build the layout for this group"
         )
+    check_request(a2a_size, layout.cp_size)
     padded = layout.cu_seqlens_tensor()
     real = padded
     if layout.local_padding(0) is not None:

@@ -25,6 +25,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from gdn_cp.comm.choice import A2aSize
 from gdn_cp.megatron.compat import mlp_spec
 from gdn_cp.megatron.core_attention import CoreAttention
 from gdn_cp.megatron.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
@@ -39,16 +40,20 @@ _ATTENTION_KEYS = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 _MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-def get_gdn_layer_spec(config: TransformerConfig, *, backend: str | None = None) -> ModuleSpec:
+def get_gdn_layer_spec(
+    config: TransformerConfig, *, backend: str | None = None, a2a_size: A2aSize = "auto"
+) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet in place of self-attention.
 
     Args:
         config: of the model; `linear_*` gives the sizes.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
+        a2a_size: how context parallelism shares the work, see `gdn_cp.megatron.GatedDeltaNet`. A batch's
+            packed_seq_params may say otherwise.
     """
     mixer = ModuleSpec(
         module=GatedDeltaNet,
-        params={"backend": backend},
+        params={"backend": backend, "a2a_size": a2a_size},
         submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear),
     )
     return _layer_spec(config, mixer, _GDN_KEYS)
@@ -78,6 +83,7 @@ def get_hybrid_block_spec(
     config: TransformerConfig,
     *,
     backend: str | None = None,
+    a2a_size: A2aSize = "auto",
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:
@@ -86,6 +92,7 @@ def get_hybrid_block_spec(
     Args:
         config: `linear_attention_freq` is a number (None: 4) or a list with 1 for GDN and 0 for attention per layer.
         backend: implementation of the delta rule.
+        a2a_size: of the GDN layers, see `get_gdn_layer_spec`.
         vp_stage: virtual pipeline stage.
         pp_rank: pipeline rank; None: this process's.
 
@@ -102,7 +109,9 @@ def get_hybrid_block_spec(
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
         stage = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
     layers = [
-        get_gdn_layer_spec(config, backend=backend) if pattern[layer] else get_attention_layer_spec(config)
+        get_gdn_layer_spec(config, backend=backend, a2a_size=a2a_size)
+        if pattern[layer]
+        else get_attention_layer_spec(config)
         for layer in stage
     ]
     final_norm: Any = RMSNorm

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from gdn_cp.comm.choice import check_request
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -31,7 +33,7 @@ class ModelConfig:
     attention_gate: bool = True
     """Gate the attention output by a sigmoid, as Qwen3-Next does."""
     gdn_key_heads: int = 4
-    """Query/key heads of the GDN layers; a multiple of tp * cp."""
+    """Query/key heads of the GDN layers; a multiple of tp."""
     gdn_value_heads: int = 8
     gdn_head_dim: int = 32
     """Width of a GDN head, keys and values alike."""
@@ -71,6 +73,9 @@ class ParallelConfig:
     """Tensor-parallel size."""
     cp: int = 1
     """Context-parallel size."""
+    a2a_size: int | Literal["auto"] | None = "auto"
+    """Ranks of a context-parallel group that trade heads for tokens in the GDN layers, a divisor of cp; between them
+    states are passed. auto: the planner chooses for each pack; None: all cp ranks."""
     sequence_parallel: bool = False
     """Split norms and residuals by sequence over the tensor-parallel ranks."""
 
@@ -166,6 +171,7 @@ def check_config(config: TrainConfig, world_size: int) -> int:
         data.pad_multiple >= 1 and data.pad_multiple % granule == 0,
         f"pad_multiple={data.pad_multiple} must be a multiple of {granule} for cp={cp}, tp={tp}; use {granule}",
     )
+    _check_a2a_size(model, parallel)
     _check_heads(model, tp, cp)
     _require(optim.warmup_steps >= 0, f"warmup_steps={optim.warmup_steps} must not be negative")
     _require(run.steps >= 1, f"steps={run.steps} must be at least 1")
@@ -174,15 +180,30 @@ def check_config(config: TrainConfig, world_size: int) -> int:
     return dp
 
 
-def _check_heads(model: ModelConfig, tp: int, cp: int) -> None:
+def _check_a2a_size(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tp, cp, a2a_size = parallel.tp, parallel.cp, parallel.a2a_size
+    check_request(a2a_size, cp)
+    # "auto" finds a size that divides the heads; 1 always does.
+    share, size = ("tp", tp) if a2a_size == "auto" else ("tp * a2a_size", tp * (a2a_size or cp))
     for name, heads in (("gdn_key_heads", model.gdn_key_heads), ("gdn_value_heads", model.gdn_value_heads)):
-        _require(heads % (tp * cp) == 0, f"{name}={heads} must be a multiple of tp * cp = {tp * cp}")
+        remedy = "" if a2a_size == "auto" else '; a2a_size "auto" takes any number that tp divides'
+        _require(heads % size == 0, f"{name}={heads} must be a multiple of {share} = {size}{remedy}")
+
+
+def _check_heads(model: ModelConfig, tp: int, cp: int) -> None:
     _require(
         model.gdn_value_heads % model.gdn_key_heads == 0,
         f"gdn_value_heads={model.gdn_value_heads} must be a multiple of gdn_key_heads={model.gdn_key_heads}",
     )
     for name, heads in (("attention_heads", model.attention_heads), ("attention_groups", model.attention_groups)):
         _require(heads % tp == 0, f"{name}={heads} must be a multiple of tp = {tp}")
+    queries, groups = model.attention_heads // tp, model.attention_groups // tp
+    _require(
+        model.layers < model.attention_every or (queries % cp == 0 and (groups % cp == 0 or cp % groups == 0)),
+        f"attention_heads={model.attention_heads}, attention_groups={model.attention_groups}: a tensor-parallel rank's "
+        f"{queries} and {groups} do not fall over cp={cp} ranks; heads must be a multiple of tp * cp, groups a "
+        "multiple or a divisor",
+    )
     _require(model.vocab % tp == 0, f"vocab={model.vocab} must be a multiple of tp = {tp}")
     _require(
         model.attention_every >= 1 and model.layers >= 1,

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from gdn_cp.comm.choice import possible_a2a_sizes
 from gdn_cp.training import checkpoint
 from gdn_cp.training.config import TrainConfig, check_config
 from gdn_cp.training.corpus import read_documents
@@ -179,6 +180,8 @@ class _Run:
             data_digest=self.digest,
         )
         log.say(f"ranks: {self.ranks.describe()}; {parameters:,} parameters on this rank; run folder {self.out}")
+        if self.ranks.cp_size > 1:
+            log.say(f"GDN layers: a2a_size {_describe_a2a_size(self.config)}")
         log.say(f"data: {self.stream.describe()}")
         log.say(f"data: unigram entropy {self.entropy:.4f} nats per token ({self.tokenizer_name})")
         if self.resumed_from is not None:
@@ -205,6 +208,7 @@ class _Run:
             mfu=None if peak is None else tflops / peak,
             memory_gib=peak_memory_gib(ranks.device),
             skipped=not result.applied,
+            a2a_sizes=result.a2a_sizes if ranks.cp_size > 1 else (),
         )
 
     def _handle_nonfinite(self, log: RunLog, plan: StepPlan, result: StepResult) -> None:
@@ -236,6 +240,15 @@ class _Run:
         log.say(f"plot: {plot}")
         log.say(summary.line())
         return summary
+
+
+def _describe_a2a_size(config: TrainConfig) -> str:
+    parallel, model = config.parallel, config.model
+    if parallel.a2a_size != "auto":
+        return str(parallel.a2a_size or parallel.cp)
+    heads = model.gdn_key_heads // parallel.tp, model.gdn_value_heads // parallel.tp
+    sizes = ", ".join(str(size) for size in possible_a2a_sizes(parallel.cp, *heads))
+    return f"auto, for each pack one of {sizes}"
 
 
 def _refuse_used_folder(out: Path) -> None:

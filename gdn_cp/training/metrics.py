@@ -23,7 +23,10 @@ METRICS_FILE = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step. Loss in nats per real target; tokens are real targets; memory is rank 0's peak."""
+    """One optimizer step. Loss in nats per real target; tokens are real targets; memory is rank 0's peak.
+
+    `a2a_sizes`: what the GDN layers took for each pack of rank 0's context-parallel group; empty without a cut.
+    """
 
     step: int
     loss: float
@@ -38,6 +41,7 @@ class StepMetrics:
     mfu: float | None
     memory_gib: float
     skipped: bool = False
+    a2a_sizes: tuple[int, ...] = ()
 
     def line(self, last_step: int, unit: str) -> str:
         """The terminal's line; `unit` names a rank: GPU or rank."""
@@ -53,6 +57,8 @@ class StepMetrics:
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
         parts.append(f"{self.memory_gib:.2f} GiB")
+        if self.a2a_sizes:
+            parts.append("a2a " + "/".join(str(size) for size in sorted(set(self.a2a_sizes))))
         if self.skipped:
             parts.append("SKIPPED (not finite)")
         return " | ".join(parts)

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdn_cp.training.config import TrainConfig
+from gdn_cp.comm.choice import prepare_cp_groups
+from gdn_cp.gated_delta_net import GdnDims
+from gdn_cp.training.config import ModelConfig, TrainConfig
 from gdn_cp.training.parallel import Ranks
 from gdn_cp.training.weights import initialize
 
@@ -60,6 +62,12 @@ def megatron_config(config: TrainConfig, ranks: Ranks) -> Any:
     )
 
 
+def gdn_dims(model: ModelConfig, tp_size: int) -> GdnDims:
+    """The GDN heads of one tensor-parallel rank."""
+    keys, values = model.gdn_key_heads // tp_size, model.gdn_value_heads // tp_size
+    return GdnDims(keys, values, model.gdn_head_dim, model.gdn_head_dim, model.gdn_conv)
+
+
 def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
     """(GPTModel on this rank's device, its TransformerConfig), with weights that depend on the seed alone."""
     from megatron.core.models.gpt import GPTModel
@@ -68,9 +76,10 @@ def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
     from gdn_cp.megatron import get_hybrid_block_spec
 
     torch.manual_seed(config.run.seed)
+    prepare_cp_groups(ranks.cp_group, gdn_dims(config.model, ranks.tp_size), config.parallel.a2a_size)
     model_parallel_cuda_manual_seed(config.run.seed)
     transformer = megatron_config(config, ranks)
-    block: Any = get_hybrid_block_spec(transformer, backend=config.run.gdn_backend)
+    block: Any = get_hybrid_block_spec(transformer, backend=config.run.gdn_backend, a2a_size=config.parallel.a2a_size)
     model = GPTModel(
         config=transformer,
         transformer_layer_spec=block,

@@ -8,7 +8,7 @@ and gradients add up over data- and context-parallel ranks, whatever their numbe
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,11 +25,15 @@ from gdn_cp.training.parallel import Ranks
 
 @dataclass(frozen=True)
 class StepResult:
-    """Loss in nats per target of the whole step, norm of its gradient before clipping, whether it was applied."""
+    """Loss in nats per target of the whole step, norm of its gradient before clipping, whether it was applied.
+
+    `a2a_sizes`: what the GDN layers took for each pack of this data-parallel rank; empty without such layers.
+    """
 
     loss: float
     grad_norm: float
     applied: bool
+    a2a_sizes: tuple[int, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -55,11 +59,17 @@ def model_inputs(batch: PackedBatch, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def accumulate_gradients(engine: Engine, stream: PackStream, plan: StepPlan, ranks: Ranks) -> Tensor:
-    """Forward and backward over this data-parallel rank's packs; returns the step's loss over all ranks (float64)."""
+def accumulate_gradients(
+    engine: Engine, stream: PackStream, plan: StepPlan, ranks: Ranks
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Forward and backward over this data-parallel rank's packs: (loss of the step over all ranks, float64; a2a_sizes).
+
+    The latter as in `StepResult`.
+    """
     engine.begin_step()
     engine.module.train()
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    a2a_sizes = []
     packs = plan.packs[ranks.dp_rank :: ranks.dp_size]
     for index, pack in enumerate(packs):
         inputs = model_inputs(stream.build(pack), ranks)
@@ -69,16 +79,18 @@ def accumulate_gradients(engine: Engine, stream: PackStream, plan: StepPlan, ran
             loss = losses[0].float().masked_fill(~mask, 0.0).sum() / plan.num_targets
             loss.backward()
         total += loss.detach()
+        taken = inputs["packed_seq_params"].a2a_size_taken
+        a2a_sizes += [] if taken is None else [taken]
     dist.all_reduce(total, group=ranks.dp_cp_group)
-    return total
+    return total, tuple(a2a_sizes)
 
 
 def run_step(engine: Engine, stream: PackStream, plan: StepPlan, ranks: Ranks, lr: float) -> StepResult:
     """A whole optimizer step; weights stay as they are where the loss or the gradient norm is not finite."""
-    total = accumulate_gradients(engine, stream, plan, ranks)
+    total, a2a_sizes = accumulate_gradients(engine, stream, plan, ranks)
     grad_norm = engine.reduce_gradients()
-    result = StepResult(float(total), grad_norm, applied=False)
+    result = StepResult(float(total), grad_norm, applied=False, a2a_sizes=a2a_sizes)
     if not result.finite:
         return result
     engine.apply(lr, grad_norm)
-    return StepResult(result.loss, result.grad_norm, applied=True)
+    return replace(result, applied=True)

@@ -279,7 +279,7 @@ def _bad_calls(group: dist.ProcessGroup) -> dict[str, tuple[Any, str]]:
             forward(x.view(2, 4, HIDDEN), layout=ThdLayout.contiguous([0, 8, 16], 2), group=group),
             "holds 2 sequences of 4 local tokens",
         ),
-        "a2a_size no divisor": (mixer(a2a_size=3), "a2a_size=3 does not divide"),
+        "a2a_size no divisor": (mixer(a2a_size=3), "a2a_size: got 3; it must divide cp_size = "),
         "heads not divisible": (
             lambda: odd_heads(x, layout=layout, group=group),
             r"num_k_heads=3 .* is not divisible by a2a_size=2",

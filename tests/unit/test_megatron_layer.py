@@ -259,8 +259,11 @@ def test_forward_refuses_what_it_does_not_do():
     with pytest.raises(ValueError, match="qkv_format='sbhd'"):
         layer(x, None, packed_seq_params=PackedSeqParams("sbhd"))
     params.a2a_size = 2
-    with pytest.raises(ValueError, match="a2a_size=2"):
+    with pytest.raises(ValueError, match="a2a_size: got 2; it must divide cp_size = 1"):
         layer(x, None, packed_seq_params=params)
+    for wrong in (2, "all"):
+        with pytest.raises(ValueError, match=f"a2a_size: got {wrong!r}"):
+            packed_seq_params_from_layout(ThdLayout.zigzag([0, 16], 1), a2a_size=wrong)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,11 @@ TOLERANCE = {"float32": 1e-5, "float64": 1e-6}
 CUTS: dict[str, dict[str, Any]] = {
     "cp2": {"cp": 2},
     "cp4": {"cp": 4},
+    "cp4_a2a1": {"cp": 4, "a2a_size": 1},
+    "cp4_a2a2": {"cp": 4, "a2a_size": 2},
+    "cp4_auto": {"cp": 4, "a2a_size": "auto"},
+    "tp2_cp2_sp_recompute_a2a1": {"tp": 2, "cp": 2, "sp": True, "recompute": True, "a2a_size": 1},
+    "cp4_a2a2_contiguous_by_layer": {"cp": 4, "kind": "contiguous", "layer_a2a_size": 2},
     "tp2": {"tp": 2},
     "tp2_sp": {"tp": 2, "sp": True},
     "tp2_cp2": {"tp": 2, "cp": 2},
@@ -45,6 +50,7 @@ def build_model(
     dtype: str = "float32",
     head_dim: int = 8,
     cpu_initialization: bool = True,
+    layer_a2a_size: int | str = "auto",
 ):
     """A GPTModel of three GDN layers and one attention layer with the features of Qwen3-Next, over fresh groups."""
     from megatron.core import parallel_state
@@ -90,7 +96,7 @@ def build_model(
     )
     model = GPTModel(
         config,
-        get_hybrid_block_spec(config),
+        get_hybrid_block_spec(config, a2a_size=layer_a2a_size),
         vocab_size=VOCAB,
         max_sequence_length=256,
         position_embedding_type="rope",
@@ -99,7 +105,17 @@ def build_model(
     return model.to(getattr(torch, dtype))
 
 
-def step(model, tokens: Tensor, *, tp: int = 1, cp: int = 1, kind: str = "zigzag", plain_params=False, packed=True):
+def step(
+    model,
+    tokens: Tensor,
+    *,
+    tp: int = 1,
+    cp: int = 1,
+    kind: str = "zigzag",
+    plain_params=False,
+    packed=True,
+    a2a_size: int | str | None = None,
+):
     """One forward and backward of this rank's part; returns its part of the loss. Gradients end up summed."""
     from megatron.core import parallel_state
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -115,7 +131,7 @@ def step(model, tokens: Tensor, *, tp: int = 1, cp: int = 1, kind: str = "zigzag
         padded = pad_cu_seqlens([0, 13, 13, 45, 46, 64], cp, kind, local_multiple=tp)
         make = ThdLayout.zigzag if kind == "zigzag" else ThdLayout.contiguous
         layout = make(padded.cu_seqlens, cp, seqlens=padded.seqlens, device=tokens.device)
-        params = packed_seq_params_from_layout(layout, group)
+        params = packed_seq_params_from_layout(layout, group, a2a_size)
         if plain_params:
             names = ("qkv_format", "cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded")
             params = PackedSeqParams(
@@ -172,8 +188,8 @@ def _every_cut(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
         values = {name: p.detach().clone() for name, p in model.named_parameters()}
         references[packed, dtype] = (loss, values, {name: p.grad.clone() for name, p in model.named_parameters()})
     for name, cut in CUTS.items():
-        shape = {key: cut[key] for key in ("tp", "cp", "sp", "recompute", "dtype") if key in cut}
-        call = {key: cut[key] for key in ("tp", "cp", "kind", "plain_params", "packed") if key in cut}
+        shape = {key: cut[key] for key in ("tp", "cp", "sp", "recompute", "dtype", "layer_a2a_size") if key in cut}
+        call = {key: cut[key] for key in ("tp", "cp", "kind", "plain_params", "packed", "a2a_size") if key in cut}
         model = build_model(**shape)
         loss = step(model, tokens, **call)
         dist.all_reduce(loss, group=parallel_state.get_context_parallel_group())

@@ -30,7 +30,16 @@ def changed(config: TrainConfig, **fields: object) -> TrainConfig:
         (2, {"tp": 0}, "at least 1"),
         (4, {"packs_per_step": 2}, "packs_per_step=2 must be a positive multiple of the 4"),
         (3, {"cp": 3}, "pad_multiple=8 must be a multiple of 6"),
-        (8, {"cp": 8, "pad_multiple": 16}, "gdn_key_heads=4 must be a multiple of tp \\* cp = 8"),
+        (
+            8,
+            {"cp": 8, "pad_multiple": 16, "a2a_size": None},
+            "gdn_key_heads=4 must be a multiple of tp \\* a2a_size = 8",
+        ),
+        (8, {"cp": 8, "pad_multiple": 16, "attention_heads": 8, "a2a_size": 8}, 'a2a_size "auto" takes any number'),
+        (8, {"cp": 8, "pad_multiple": 16}, "attention_heads=4, attention_groups=4: .* do not fall over cp=8"),
+        (4, {"cp": 4, "a2a_size": 3}, "a2a_size: got 3; it must divide cp_size = 4: one of \\[1, 2, 4\\]"),
+        (4, {"cp": 4, "a2a_size": "all"}, "a2a_size: got 'all'; choose \"auto\", None or a divisor"),
+        (2, {"tp": 2, "gdn_key_heads": 3, "gdn_value_heads": 6}, "gdn_key_heads=3 must be a multiple of tp = 2"),
         (8, {"tp": 8}, "multiple of tp"),
         (1, {"gdn_value_heads": 6}, "gdn_value_heads=6 must be a multiple of gdn_key_heads=4"),
         (2, {"tp": 2, "vocab": 301}, "vocab=301"),
@@ -47,7 +56,10 @@ def test_impossible_choices_are_refused(world, fields, message):
         check_config(changed(TINY, **fields), world)
 
 
-@pytest.mark.parametrize(("world", "fields", "dp"), [(1, {}, 1), (2, {"cp": 2}, 1), (8, {"tp": 2, "cp": 2}, 2)])
+@pytest.mark.parametrize(
+    ("world", "fields", "dp"),
+    [(1, {}, 1), (2, {"cp": 2}, 1), (8, {"tp": 2, "cp": 2}, 2), (4, {"cp": 4, "a2a_size": 2}, 1)],
+)
 def test_data_parallelism_is_what_is_left(world, fields, dp):
     assert check_config(changed(TINY, **fields), world) == dp
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def test_line_says_what_is_known():
         "0.5 TFLOP/s/rank | 1.50 GiB"
     )
     assert "MFU 45.6%" in metrics(3, mfu=0.456).line(10, "GPU")
+    assert dataclasses.replace(metrics(3), a2a_sizes=(4, 1, 4)).line(10, "GPU").endswith("1.50 GiB | a2a 1/4")
     assert metrics(3, skipped=True).line(10, "GPU").endswith("SKIPPED (not finite)")
 
 
