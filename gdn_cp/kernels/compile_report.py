@@ -135,19 +135,21 @@ def _resources(cubin: bytes) -> tuple[int, int, int, int]:
     return values["REG"], values["STACK"], values["SHARED"], spills
 
 
-def compile_case(case: CompileCase, arch: int) -> CompileResult:
-    """Compile one case for compute capability `arch` (90 for 9.0) and measure it; needs no GPU, no interpreter mode."""
+def compile_kernel(case: CompileCase, arch: int) -> Any:
+    """Triton's compiled kernel of a case for compute capability `arch` (90 for 9.0); `asm` holds each stage's text.
+
+    Raises:
+        ValueError: if the case does not name exactly the kernel's arguments.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    started = time.monotonic()
-    known = {"name": case.name, "main": case.main, "spills_allowed": case.spills_allowed, "num_warps": case.num_warps}
     names = case.kernel.arg_names
     given = set(case.signature) | set(case.constexprs)
     if given != set(names):
         missing, unknown = sorted(set(names) - given), sorted(given - set(names))
-        return CompileResult(**known, error=f"compile case lacks {missing} and has unknown {unknown}")
+        raise ValueError(f"compile case lacks {missing} and has unknown {unknown}")
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
     source = ASTSource(
@@ -160,8 +162,15 @@ def compile_case(case: CompileCase, arch: int) -> CompileResult:
     }
     if case.maxnreg is not None:
         options["maxnreg"] = case.maxnreg
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compile_case(case: CompileCase, arch: int) -> CompileResult:
+    """Compile one case and measure it; needs no GPU, and no interpreter mode."""
+    started = time.monotonic()
+    known = {"name": case.name, "main": case.main, "spills_allowed": case.spills_allowed, "num_warps": case.num_warps}
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = compile_kernel(case, arch)
     except Exception as error:  # the compiler raises many kinds; the table has to show all of them
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return CompileResult(**known, error=lines[-1][:200], seconds=time.monotonic() - started)
@@ -172,7 +181,7 @@ def compile_case(case: CompileCase, arch: int) -> CompileResult:
         registers=registers,
         stack=stack,
         spill_instructions=spills,
-        shared=static_shared + compiled.metadata.shared,  # type: ignore[attr-defined]
+        shared=static_shared + compiled.metadata.shared,
         wgmma_ss=wgmma_ss,
         wgmma_rs=wgmma_rs,
         mma_sync=len(re.findall(r"\bmma\.sync\b", compiled.asm["ptx"])),
