@@ -12,7 +12,8 @@ Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, N se
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -27,10 +28,14 @@ from gdn_cp.kernels.chunk_bwd_local import (
     scores_kernel,
 )
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
-from gdn_cp.kernels.configs import capability, dot_precision
+from gdn_cp.kernels.configs import PIECES_VARIABLE, capability, dot_precision
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables
 
+if TYPE_CHECKING:
+    from gdn_cp.kernels.compile_report import CompileCase
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 # Buffers of one slice: small beside the activations of the batches that are cut, large enough to fill the card.
 SLICE_BYTES = 512 * 2**20
 
@@ -67,7 +72,7 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     """
     if dtype == torch.float32:
         return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1))
-    block_v = max(16, min(64, triton.next_power_of_2(V)))
+    block_v = max(16, min(64, int(triton.next_power_of_2(V))))
     half = min(32, block_v)
     # 8 warps only where products have 128 rows: one of 64 rows is laid out for 128 then, and written past its end.
     warps = 8 if K > 64 else 4
@@ -78,8 +83,9 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     columns = block_v
     while columns > 16 and walks * 2 * triton.cdiv(V, columns // 2) <= multiprocessors(device):
         columns //= 2
-    limit = (128,) if K > 64 else ()
-    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, warps, 3, *limit), (block_v, warps, 3), True)
+    if K <= 64:
+        return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 4, 3), (half, 4, 3), True)
+    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (block_v, 8, 3), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
@@ -88,7 +94,8 @@ def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2
     fitting = max(SLICE_BYTES // per_chunk, 16)
     if num_chunks <= fitting:
         return 0
-    return triton.cdiv(num_chunks, triton.cdiv(num_chunks, fitting))
+    slices = -(-num_chunks // fitting)
+    return -(-num_chunks // slices)
 
 
 def chunk_gated_delta_rule_bwd(
@@ -127,14 +134,15 @@ def chunk_gated_delta_rule_bwd(
             None: everything in one slice.
         piece_states: with sequences cut into pieces of piece_chunks chunks, the state at the start of each piece
             [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in;
-            not used together with checkpoints.
+            with checkpoints too, one of them is used.
 
     Returns:
         Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
     """
     (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    if checkpoints is not None:
-        piece_states = None
+    if checkpoints is not None and piece_states is not None:
+        # Equal bits for any number of heads were asked for by fixing the pieces; else memory comes first.
+        checkpoints, piece_states = (None, piece_states) if PIECES_VARIABLE in os.environ else (checkpoints, None)
     tables = chunk_tables(B, T, cu_seqlens, q.device, 0 if piece_states is None else piece_chunks)
     NT = tables.num_chunks
     do = do if B == 1 or do.stride(0) == T * do.stride(1) else do.contiguous()
@@ -310,3 +318,61 @@ def _allocate(
     dg = None if g is None else like(g)
     dbeta = None if beta is None else like(beta)
     return Gradients(like(q), like(k), like(v), dg, dbeta, dh0, None, None)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every kernel at Qwen3-Next's heads in bfloat16 for head dims 128, 64, 256; the chains also with few heads."""
+    cases = []
+    for dim, main in ((128, True), (64, True), (256, False)):
+        cases += _cases(dim, backward_config(torch.device("meta"), torch.bfloat16, dim, dim, 32), main)
+    narrow = backward_config(torch.device("meta"), torch.bfloat16, 128, 128, 32)._replace(chains=(16, 4, 3))
+    return [*cases, *_cases(128, narrow, True)[:2]]
+
+
+def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
+    """The kernels as `launch` says for K = V = dim, the chains first."""
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    float32 = "G bt rq rk initial_state starts checkpoint dht ends carry_in carry_out dh0 summaries maps dG"
+    known = dict.fromkeys(float32.split(), "*fp32") | dict.fromkeys(("pieces", "chunks"), "*i32")
+    known |= dict.fromkeys(("c0", "c1", "total_chunks"), "i32") | {"scale": "fp32"}
+    constants = {
+        "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "C": CHUNK, "V_FIRST": False, "TMA": launch.tma,
+        "SIGMOID": True, "PRECISION": dot_precision(torch.bfloat16),
+    }  # fmt: skip
+    cases = []
+    for name, kernel, config, absent in (
+        ("chains", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out summaries"),
+        ("summary", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out h dh M dh0"),
+        ("scores", scores_kernel, launch.scores, ""),
+        ("dq", dq_kernel, launch.dq, ""),
+        ("dk", dk_kernel, launch.dk, ""),
+    ):
+        block_v, options = _options(config)
+        given = constants | {"BV": block_v, "STAGES": options["STAGES"], "SUMMARY": name == "summary"}
+        given = {n: x for n, x in (given | dict.fromkeys(absent.split())).items() if n in kernel.arg_names}
+        tokens, states = [CHUNK, block_v], [dim, block_v]
+        blocks = {"v": tokens, "do": tokens, "U": tokens, "h": states, "dh": states}
+        if kernel is chains_kernel:
+            blocks |= {"q": [CHUNK, dim], "k": [CHUNK, dim], "X": [dim, CHUNK], "Yt": [CHUNK, CHUNK]}
+        blocks |= {"scores": {"M": tokens}, "dk": {"dv": tokens}}.get(name, {})
+        tiles = {n: f"tensordesc<bf16{block}>" for n, block in blocks.items()} if launch.tma else {}
+        strides = tuple(n for n in kernel.arg_names if n.startswith("stride"))
+        types = known | dict.fromkeys(strides, "i32") | tiles
+        cases.append(
+            CompileCase(
+                name=f"chunk_bwd.{name}/bf16/K{dim}/BV{block_v}",
+                kernel=kernel,
+                signature={n: types.get(n, "*bf16") for n in kernel.arg_names if n not in given},
+                constexprs=given,
+                num_warps=options["num_warps"],
+                num_stages=options["num_stages"],
+                maxnreg=options.get("maxnreg"),
+                divisible=strides,
+                main=main,
+                spills_allowed=dim > 128,  # the accumulators of dq and dk alone are half of the registers
+            )
+        )
+    merge = {"HV": 4, "K": dim, "V": dim, "BK": dim, "BV": 16, "BR": 32}
+    types = dict.fromkeys(("summaries", "maps", "ends"), "*fp32") | {"pieces": "*i32"}
+    return [*cases, CompileCase(f"chunk_bwd.merge/K{dim}", merge_gradients_kernel, types, merge, 8, 1, main=main)]

@@ -18,6 +18,8 @@ Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, C = 
 the slice of chunks [c0, c0 + NC) that a launch works on.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportAssignmentType=false
 # ruff: noqa: SIM102  (an if on a constant is decided when the kernel is compiled, `and` is not)
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ of x_raw is y - x (x . y) with y = r dx, so the scores are stored with the norms
 Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, C = 64, NT chunks.
 """
 
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
+
 from __future__ import annotations
 
 import triton
@@ -85,7 +88,6 @@ def scores_kernel(
     if rk is not None:
         k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
         q_norm = tl.load(rq + (chunk * H + hk) * C + i_c) * scale
-    q_norm = tl.where(valid, q_norm, 0.0)  # rows of q, k, dO and M past the end may be another sequence's
     dP = tl.zeros([C, C], tl.float32)
     MU = tl.zeros([C, C], tl.float32)
     m_dot_r = tl.zeros([C], tl.float32)
@@ -102,14 +104,16 @@ def scores_kernel(
         dR = b[:, None] * m
         dr_dot_ks += tl.sum(dR * KS, 1)  # beta is 0 past the end, and so are dR and U
         store_rows(dv + (row * HV + hv) * V, dR, i_v, n_rows, HV * V, V, BV, C)
-        bR = b[:, None] * R
+        bR = tl.where(valid[:, None], b[:, None] * R, 0.0)
         U_b = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION).to(dtype)
         store_matrix_tile(U, U_b, own, i_v, C, V, C, BV, TMA)
         dP = tl.dot(do_tile, tl.trans(U_b), acc=dP, input_precision=PRECISION)
         MU = tl.dot(m_tile, tl.trans(U_b), acc=MU, input_precision=PRECISION)
-    strict = i_c[:, None] > i_c[None, :]
-    Gam = tl.exp(tl.where(i_c[:, None] >= i_c[None, :], G_i[:, None] - G_i[None, :], float("-inf"))) * k_norm[None, :]
-    D_tile = dP * Gam * q_norm[:, None]
+    # Rows past the end are left out, not multiplied by 0: what is there may not be finite.
+    lower = (i_c[:, None] >= i_c[None, :]) & valid[:, None]
+    strict = (i_c[:, None] > i_c[None, :]) & valid[:, None]
+    Gam = tl.exp(tl.where(lower, G_i[:, None] - G_i[None, :], float("-inf"))) * k_norm[None, :]
+    D_tile = tl.where(lower, dP * Gam * q_norm[:, None], 0.0)
     store_state(D + own * (C * C), D_tile, 0, C, C, C, C, False)
     E = tl.where(strict, MU * Gam * k_norm[:, None], 0.0)
     store_state(F + own * (C * C), -b[:, None] * E, 0, C, C, C, C, False)
