@@ -92,10 +92,10 @@ def tune(problem: Problem, repeats: int) -> list[dict[str, Any]]:
     shipped = kernel.choose_tile
     dot = problem.bank.dtype == torch.bfloat16 and not problem.v_first
     if problem.v_first:
-        tiles = [kernel.Tile(128, BV, warps, None, False) for BV in (8, 16, 32) for warps in (1, 2)]
+        tiles = [kernel.Tile(128, BV, warps, False) for BV in (8, 16, 32) for warps in (1, 2)]
     else:
         shapes = [(BV, warps) for BV in (32, 64, 128) for warps in (1, 2, 4, 8) if 4 <= BV * 4 // warps <= 256]
-        tiles = [kernel.Tile(128, *shape, cap, dot) for shape in shapes for cap in (None, 168, 128, 80)]
+        tiles = [kernel.Tile(128, *shape, dot) for shape in shapes]
     found = []
     for tile in tiles:
         kernel.choose_tile = lambda *_, tile=tile: tile

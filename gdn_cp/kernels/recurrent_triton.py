@@ -197,29 +197,29 @@ def recurrent_kernel(
 
 
 class Tile(NamedTuple):
-    """A program's share: BK x BV elements of a state on `num_warps` warps of at most `maxnreg` registers a thread."""
+    """A program's share: BK x BV elements of a state on `num_warps` warps; `dot`: its sums run on tensor cores."""
 
     BK: int
     BV: int
     num_warps: int
-    maxnreg: int | None
     dot: bool
 
 
 def choose_tile(K: int, V: int, state_bytes: int, state_v_first: bool, bfloat16_inputs: bool) -> Tile:
-    """The tile for a state of elements of `state_bytes` bytes, measured on an H200 at K = V = 128, 128 requests, T = 1.
+    """The tile for a state whose elements have `state_bytes` bytes; the best for K = V = 128, 128 requests, T = 1.
 
     A [V, K] bank is read in runs of whole rows, so one warp can own 16 of them. In a [K, V] bank a warp's columns are
-    strided and short runs cost bandwidth: 256 bytes of each row, two or four warps.
+    strided, and runs shorter than 256 bytes of a row cost a fifth of the bandwidth. Measured on an H200, but for the
+    bfloat16 [K, V] tile: there the widest measured one (64 columns, 128-byte runs) was 1.23 times a copy, and this one
+    is chosen because it has 256-byte runs and leaves room for three blocks of 32 KiB on a multiprocessor.
     """
     BK, BV = max(triton.next_power_of_2(K), 16), max(triton.next_power_of_2(V), 16)
     if state_v_first:
-        return Tile(BK, min(BV, max(16 * 128 // BK, 1)), 1, None, False)
+        return Tile(BK, min(BV, max(16 * 128 // BK, 1)), 1, False)
     if state_bytes == 4 or not bfloat16_inputs:
-        return Tile(BK, min(BV, 64 * 128 // BK), 2 if BK * BV >= 4096 else 1, None, False)
+        return Tile(BK, min(BV, 64 * 128 // BK), 2 if BK * BV >= 4096 else 1, False)
     BV = min(BV, 128 * 128 // BK)
-    warps = max(1, min(4, BK * BV // 4096))
-    return Tile(BK, BV, warps, 168 if warps == 4 else None, True)
+    return Tile(BK, BV, max(1, min(4, BK * BV // 4096)), True)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str | None:
@@ -273,7 +273,7 @@ def launch(
         HAS_INITIAL=initial is not None, HAS_FINAL=final is not None, IS_BANK=is_bank, IS_RING=is_ring,
         IS_VARLEN=cu_seqlens is not None, HAS_INDICES=state_indices is not None,
         ONE_TOKEN=T == 1 and cu_seqlens is None, L2NORM=l2norm, GATE=A_log is not None, SIGMOID=sigmoid,
-        DOT=tile.dot, num_warps=tile.num_warps, num_stages=1, maxnreg=tile.maxnreg, enable_fp_fusion=False,
+        DOT=tile.dot, num_warps=tile.num_warps, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
     return o
 
@@ -321,7 +321,6 @@ def _compile_case(make: type[CompileCase], kind: str, dtype: str, v_first: bool)
         },
         constexprs={**dict.fromkeys(absent), **ones, **constants, **flags},
         num_warps=tile.num_warps,
-        maxnreg=tile.maxnreg,
         num_stages=1,
         fp_fusion=False,
         main=kind == "bank",
