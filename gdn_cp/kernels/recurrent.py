@@ -181,7 +181,8 @@ def recurrent_in_torch(
     bounds = [n * T for n in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     bank = _Bank(final, state_indices, cache_seqlens, len(bounds) - 1) if is_bank else None
     state = initial if bank is None else bank.read()
-    state = reference._start_state(tokens, state, state_v_first, cu_seqlens)
+    # One memory layout, however the state came, or a matrix product may sum in another order than for the next token.
+    state = reference._start_state(tokens, state, state_v_first, cu_seqlens).contiguous()
     o = rows.v.new_zeros(B * T, *rows.v.shape[1:])
     lengths = [end - start for start, end in pairwise(bounds)]
     for t in range(max(lengths, default=0)):
