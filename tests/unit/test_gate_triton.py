@@ -75,7 +75,7 @@ def test_extreme_gates_keep_their_digits():
     A_log = torch.zeros(1, device=DEVICE)
     y, y_64 = gdn_gate_op(x, A_log, None, None, False), gdn_gate_reference(x.double(), A_log.double())
     normal = y_64.abs() > 1e-37  # below float32's smallest normal number digits are lost
-    # A GPU takes e^x as 2^(x log2 e), whose exponent has an error of half a unit in the last place, |x| * 2^-23 or less.
+    # A GPU takes e^x as 2^(x log2 e): half a unit in the last place of that exponent is |x| * 2^-23 at most.
     limit = 2**-21 + x.double().abs() * 2**-23
     assert (((y.double() - y_64) / y_64).abs() <= limit)[normal].all()
     assert torch.isfinite(y).all()
