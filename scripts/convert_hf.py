@@ -4,7 +4,7 @@
     python scripts/convert_hf.py to-hf --source megatron-folder --target new-Qwen-folder
 
 A Hugging Face folder has config.json and safetensors files. A Megatron folder has model.json (the sizes, as
-gdn_cp.megatron.HybridModel) and safetensors files of the whole model under the names of GPTModel.
+gdn_cp.megatron.huggingface_config.HybridModel) and safetensors files of the whole model under the names of GPTModel.
 """
 
 from __future__ import annotations

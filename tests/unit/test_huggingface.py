@@ -58,6 +58,7 @@ def theirs(family: str, **changed: Any) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * (0.3 if p.dim() == 1 else 0.08))
+        model.model.layers[0].linear_attn.norm.weight[0] = 0.1  # 0.1 - 1 is no float32
     return model
 
 
@@ -132,6 +133,8 @@ def test_converted_folder_has_the_same_logits_under_every_cut_and_converts_back(
     assert convert_hf.main(["to-megatron", "--source", str(hf), "--target", str(megatron), *options]) == 0
     expected = their_logits(model)
     assert expected.std() > 0.3
+    out_norm = TensorFolder(megatron)["decoder.layers.0.self_attention.out_norm.weight"]
+    assert out_norm.dtype == (torch.float32 if options else torch.float64)
     for cuts, world in (([{"packed": False}, {}], 1), ([{"tp": 2}, {"cp": 2}, {"tp": 2, "packed": False}], 2)):
         for rank, results in enumerate(run_ranks(_cuts, world, str(megatron), cuts)):
             errors = [float((logits - expected).abs().max()) for logits in results]
@@ -260,6 +263,51 @@ def test_weights_that_would_be_lost_or_are_missing_or_of_a_wrong_shape_are_refus
         dict(huggingface.to_megatron(wrong, sizes))
     with pytest.raises(ValueError, match=r"in_proj.weight: the tensor-parallel size 4 does not divide its 2 rows"):
         share_of("decoder.layers.0.self_attention.in_proj.weight", torch.zeros(2, 1), odd_heads(), 4, 0)
+
+
+def _pipeline(rank: int, world_size: int, tied: bool) -> dict[str, Any]:
+    """Two pipeline stages: which whole tensors this stage's parameters equal."""
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from gdn_cp.megatron import get_hybrid_block_spec, install_cpu_shim
+
+    install_cpu_shim()
+    parallel_state.initialize_model_parallel(pipeline_model_parallel_size=world_size)
+    state = theirs("qwen3_next", tie_word_embeddings=tied)
+    model = HybridModel.from_huggingface(state.config.to_dict())
+    config = TransformerConfig(
+        **model.transformer_settings(),
+        pipeline_model_parallel_size=world_size,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=True,
+    )
+    block: Any = get_hybrid_block_spec(config)
+    ends = {"pre_process": rank == 0, "post_process": rank == world_size - 1}
+    with pytest.MonkeyPatch.context() as patch:  # what it does to tied embeddings needs a GPU, and is overwritten here
+        patch.setattr(GPTModel, "setup_embeddings_and_output_layer", lambda self: None)
+        gpt = GPTModel(config, block, **model.model_settings(), **ends)
+    whole = dict(huggingface.to_megatron(state.state_dict(), model))
+    load_whole(gpt, whole, model)
+    return {
+        name: [key for key, x in whole.items() if x.shape == p.shape and torch.equal(x.float(), p)]
+        for name, p in gpt.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_stages_take_their_layers(run_ranks, tied):
+    pytest.importorskip("transformers")
+    first, second = run_ranks(_pipeline, 2, tied)
+    for name, found in first.items():
+        assert found == [name]
+    output = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+    for name, found in second.items():
+        moved = name.replace("layers.0.", "layers.2.").replace("layers.1.", "layers.3.")
+        assert found == [output if name == "output_layer.weight" else moved]
+    assert len(first) == 2 * 10 + 1
+    assert len(second) == 10 + 8 + 2
 
 
 def odd_heads() -> HybridModel:
