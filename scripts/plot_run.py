@@ -9,7 +9,7 @@ import tyro
 from gdn_cp.training.plot import plot_run
 
 
-def main(run: Path, target: Path | None = None) -> None:
+def main(run: tyro.conf.Positional[Path], target: Path | None = None) -> None:
     """Draw `loss.png` (or `target`) from the metrics in the folder `run`."""
     print(plot_run(run, target))
 
