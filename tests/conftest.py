@@ -10,6 +10,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core compiles at i
 import pytest
 import torch
 
+from tests.ranks import preload_megatron
 from tests.ranks import run_ranks as _run_ranks
 
 # Without a GPU the same kernel tests run under Triton's interpreter, which must be chosen before any kernel is defined.
@@ -23,7 +24,9 @@ torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests, saying why, where the GPUs that they need are absent."""
+    """Skip GPU tests, saying why, where the GPUs that they need are absent; prepare for Megatron where it is tested."""
+    if any("megatron" in path.read_text(encoding="utf-8") for path in {item.path for item in items}):
+        preload_megatron()
     available = torch.cuda.device_count()
     for item in items:
         needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0

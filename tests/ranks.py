@@ -16,9 +16,18 @@ from typing import Any
 
 # The server imports torch once; each rank is then a fork of it, which takes milliseconds and not seconds.
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["torch", "torch.distributed", "gdn_cp", "tests.conftest"])
+_PRELOAD = ["torch", "torch.distributed", "gdn_cp", "tests.conftest"]
+_server.set_forkserver_preload(_PRELOAD)
 # The server has asked for GPUs (tests.conftest does), and CUDA cannot be used in a fork of a process that has.
 _fresh = multiprocessing.get_context("spawn")
+
+
+def preload_megatron() -> None:
+    """Let the server import Megatron once, which takes seconds, instead of each rank; before the first `run_ranks`.
+
+    Where it is not installed nothing happens.
+    """
+    _server.set_forkserver_preload([*_PRELOAD, "gdn_cp.megatron", "megatron.core.models.gpt", "gdn_cp.training.loop"])
 
 
 class RankError(AssertionError):
