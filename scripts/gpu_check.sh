@@ -3,7 +3,8 @@
 #
 #     scripts/gpu_check.sh FOLDER [quick]
 #
-# JSON and logs go to FOLDER. Wheels in .carry/ are installed to a folder of their own first (a machine without network).
+# JSON and logs go to FOLDER. Wheels in .carry*/ are installed, and .tar.xz archives of installed packages unpacked, to a
+# folder of their own first (a machine without network).
 # quick: fewer cases and shapes, for a minute of GPU. GDN_CP_COMMIT names the commit where there is no repository.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
@@ -13,11 +14,17 @@ mkdir -p "$out"
 export PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 
-if compgen -G ".carry/*.whl" >/dev/null; then
-  site=$(mktemp -d)
-  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" .carry/*.whl || exit 3
-  export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+site=$(mktemp -d)
+shopt -s nullglob
+wheels=(.carry*/*.whl)
+if [ ${#wheels[@]} -gt 0 ]; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$site" "${wheels[@]}" ||
+    exit 3
 fi
+for archive in .carry*/*.tar.xz; do
+  tar -C "$site" -xf "$archive" || exit 3
+done
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
 failed=()
