@@ -32,6 +32,15 @@ from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.kernels.conv1d import causal_conv1d
 from gdn_cp.kernels.norm import gated_rms_norm
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs, run_rule
+from gdn_cp.mixer_checks import (
+    check_call,
+    check_count,
+    check_creation,
+    check_eps,
+    check_hidden_states,
+    check_layout_and_group,
+    check_parameters,
+)
 from gdn_cp.state_passing import convolve_segments, state_passing_delta_rule
 
 A_INIT_RANGE = (0.01, 16.0)  # as Qwen3-Next; the lower end keeps log(A) finite
@@ -41,7 +50,8 @@ A_INIT_RANGE = (0.01, 16.0)  # as Qwen3-Next; the lower end keeps log(A) finite
 class GdnDims:
     """Head counts and widths of one layer on one tensor-parallel rank.
 
-    Raises ValueError where a count is not positive or `num_v_heads` is not a multiple of `num_k_heads`.
+    Raises ValueError where a count is not positive or `num_v_heads` is not a multiple of `num_k_heads`, TypeError where
+    one is no int.
     """
 
     num_k_heads: int
@@ -52,8 +62,7 @@ class GdnDims:
 
     def __post_init__(self) -> None:
         for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim", "conv_kernel"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+            check_count(name, getattr(self, name))
         if self.num_v_heads % self.num_k_heads:
             raise ValueError(
                 f"num_v_heads={self.num_v_heads} must be a multiple of num_k_heads={self.num_k_heads}: "
@@ -138,11 +147,14 @@ def gated_delta_net_mixer(
         ValueError: for whatever does not fit, before any collective: shapes, dtypes, devices, heads not divisible by
             a2a_size, a group without a layout.
     """
+    if not isinstance(dims, GdnDims):
+        raise TypeError(f"dims must be a gdn_cp.GdnDims, got {type(dims).__name__}")
+    check_call(projected, dims, layout, group)
+    check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
+    check_eps(norm_eps)
     size = 1 if group is None else group.size()
     rank = 0 if group is None else group.rank()
-    _check_call(projected, dims, layout, size)
     a2a_size = choose_a2a_size(a2a_size, layout, dims, element_size=projected.element_size())
-    _check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
     heads, head_index = dims.per_rank(a2a_size), rank % a2a_size
     groups = None if group is None or a2a_size == size else cp_groups(group, a2a_size)
 
@@ -232,70 +244,6 @@ def _of_this_rank(parameter: Tensor, sections: Sequence[int], index: int, size: 
     return torch.cat([part.narrow(0, index * share, share) for part, share in zip(parts, shares, strict=True)])
 
 
-def _check_call(projected: Tensor, dims: GdnDims, layout: ThdLayout | None, size: int) -> None:
-    """Refuse rows, layout and group that do not fit each other."""
-    if projected.dim() != 2 or projected.shape[1] != dims.in_proj_dim:
-        raise ValueError(
-            f"projected has shape {tuple(projected.shape)}, expected [rows, {dims.in_proj_dim}]: the sections q, k, v, "
-            f"z, beta, alpha of widths {dims.sections}"
-        )
-    if not projected.dtype.is_floating_point:
-        raise ValueError(f"projected has dtype {projected.dtype}, expected a floating-point dtype")
-    if layout is None:
-        if size > 1:
-            raise ValueError(
-                f"layout=None with a group of {size} ranks: pass the ThdLayout that says which rows each rank holds"
-            )
-    else:
-        if layout.cp_size != size:
-            raise ValueError(
-                f"layout.cp_size={layout.cp_size} but group has {size} rank(s): build the layout for this group's size"
-            )
-        if projected.shape[0] != layout.t_local:
-            raise ValueError(
-                f"projected has {projected.shape[0]} rows but layout.t_local={layout.t_local}: pass this rank's rows"
-            )
-        if layout.cu_seqlens_tensor().device != projected.device:
-            raise ValueError(
-                f"layout is on {layout.cu_seqlens_tensor().device} but projected on {projected.device}: "
-                "use layout.to(device) once per batch"
-            )
-
-
-def _check_parameters(
-    projected: Tensor,
-    dims: GdnDims,
-    conv1d_weight: Tensor,
-    conv1d_bias: Tensor | None,
-    A_log: Tensor,
-    dt_bias: Tensor,
-    out_norm_weight: Tensor,
-) -> None:
-    """Refuse parameters of another shape, dtype or device than `dims` and `projected` ask for."""
-    gate_dtype = torch.float64 if projected.dtype == torch.float64 else torch.float32
-    expected = {
-        "conv1d_weight": (conv1d_weight, (dims.conv_dim, 1, dims.conv_kernel), None),
-        "conv1d_bias": (conv1d_bias, (dims.conv_dim,), None),
-        "A_log": (A_log, (dims.num_v_heads,), gate_dtype),
-        "dt_bias": (dt_bias, (dims.num_v_heads,), gate_dtype),
-        "out_norm_weight": (out_norm_weight, (dims.head_v_dim,), None),
-    }
-    for name, (parameter, shape, dtype) in expected.items():
-        if parameter is None:
-            if name in ("A_log", "dt_bias"):
-                raise ValueError(f"{name}=None: the gate needs it, [{dims.num_v_heads}] in {gate_dtype}")
-            continue
-        if tuple(parameter.shape) != shape:
-            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, expected {shape} for {dims}")
-        if dtype is not None and parameter.dtype != dtype:
-            raise ValueError(
-                f"{name} has dtype {parameter.dtype}, expected {dtype}: the gate is an exponential of it, keep it out "
-                "of casts to half precision"
-            )
-        if parameter.device != projected.device:
-            raise ValueError(f"{name} is on {parameter.device} but projected on {projected.device}")
-
-
 def keep_precision(convert: Callable[[Tensor], Tensor], *parameters: Tensor) -> Callable[[Tensor], Tensor]:
     """Wrap the function that `nn.Module._apply` maps over tensors: `parameters` are never cast to half precision.
 
@@ -342,7 +290,9 @@ class GatedDeltaNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        check_eps(norm_eps)
+        check_creation(dtype, device)
+        self.hidden_size = check_count("hidden_size", hidden_size)
         self.norm_eps = norm_eps
         self.dims = dims = GdnDims(num_k_heads, num_v_heads, head_k_dim, head_v_dim, conv_kernel)
         value_dim = num_v_heads * head_v_dim
@@ -400,11 +350,8 @@ class GatedDeltaNet(nn.Module):
         Raises:
             ValueError: packed rows, or a batch on several ranks, without a layout; and as `gated_delta_net_mixer`.
         """
-        if hidden_states.dim() not in (2, 3) or hidden_states.shape[-1] != self.hidden_size:
-            raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}, expected [rows, {self.hidden_size}] or three "
-                f"dimensions ending in {self.hidden_size}"
-            )
+        check_layout_and_group(layout, group)
+        check_hidden_states(hidden_states, self.hidden_size, self.in_proj.weight)
         rows = hidden_states
         if hidden_states.dim() == 3:
             by_batch = hidden_states if batch_first else hidden_states.transpose(0, 1)
@@ -414,6 +361,10 @@ class GatedDeltaNet(nn.Module):
             raise ValueError(
                 "layout=None with packed rows [t, hidden]: pass a ThdLayout, since without sequence boundaries "
                 "documents would leak into each other; for one sequence pass [1, S, hidden]"
+            )
+        if layout.t_local != rows.shape[0]:
+            raise ValueError(
+                f"hidden_states has {rows.shape[0]} rows but layout.t_local={layout.t_local}: pass this rank's rows"
             )
         mixed = gated_delta_net_mixer(
             self.in_proj(rows),

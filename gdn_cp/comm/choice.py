@@ -6,6 +6,7 @@ group, so the ranks agree without a word. Different groups (data-parallel replic
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -64,11 +65,13 @@ def possible_a2a_sizes(cp_size: int, num_k_heads: int, num_v_heads: int) -> list
     return [a for a in range(1, cp_size + 1) if cp_size % a == 0 and num_k_heads % a == 0 and num_v_heads % a == 0]
 
 
-def prepare_cp_groups(group: dist.ProcessGroup, dims: HeadDims, a2a_size: A2aSize = "auto") -> None:
+def prepare_cp_groups(
+    group: dist.ProcessGroup, dims: HeadDims, a2a_size: A2aSize = "auto", *, timeout: timedelta | None = None
+) -> None:
     """Make the process groups that layers with `dims` may need on `group`; a collective call.
 
     A layer makes missing groups in its first forward. Where that could fall into other ranks' communication, or into
-    the capture of a CUDA graph, let all ranks of `group` call this once at the start.
+    the capture of a CUDA graph, let all ranks of `group` call this once at the start. `timeout` as in `cp_groups`.
     """
     size = group.size()
     check_request(a2a_size, size)
@@ -76,7 +79,7 @@ def prepare_cp_groups(group: dist.ProcessGroup, dims: HeadDims, a2a_size: A2aSiz
         return
     wanted = possible_a2a_sizes(size, dims.num_k_heads, dims.num_v_heads) if a2a_size == "auto" else [a2a_size]
     for possible in wanted:
-        cp_groups(group, possible)
+        cp_groups(group, possible, timeout)
 
 
 def check_request(a2a_size: A2aSize, cp_size: int) -> None:

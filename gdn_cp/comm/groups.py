@@ -12,6 +12,7 @@ Example, P = 4, a = 2: a2a groups {0 1} {2 3}, state groups {0 2} {1 3}.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
@@ -61,7 +62,7 @@ _Pair = tuple[dist.ProcessGroup, dist.ProcessGroup]
 _made: WeakKeyDictionary[dist.ProcessGroup, dict[int, _Pair]] = WeakKeyDictionary()
 
 
-def cp_groups(group: dist.ProcessGroup, a2a_size: int) -> CpGroups:
+def cp_groups(group: dist.ProcessGroup, a2a_size: int, timeout: timedelta | None = None) -> CpGroups:
     """Return this rank's a2a group and state group within `group`.
 
     The first call for a pair (group, a2a_size) with 1 < a2a_size < size is collective over `group`: all its ranks make
@@ -69,7 +70,7 @@ def cp_groups(group: dist.ProcessGroup, a2a_size: int) -> CpGroups:
     `new_group(..., use_local_synchronization=True)`, so ranks outside `group` need not take part; PyTorch then asks
     that the ranks of `group` are members of equally many groups. Later calls for the pair, and calls for the sizes 1
     and all, communicate nothing. The groups end with `dist.destroy_process_group()`; `group` itself is not kept alive.
-    Call once before capturing a CUDA graph.
+    Call once before capturing a CUDA graph. `timeout` is that of the new groups' collectives; None: PyTorch's default.
 
     Raises ValueError, before any collective, if a2a_size does not divide the group's size.
     """
@@ -80,7 +81,7 @@ def cp_groups(group: dist.ProcessGroup, a2a_size: int) -> CpGroups:
         return CpGroups(group, size, a2a=None, states=group)
     made = _made.setdefault(group, {})
     if size not in made:
-        made[size] = _make_groups(group, size)
+        made[size] = _make_groups(group, size, timeout)
     return CpGroups(group, size, *made[size])
 
 
@@ -93,12 +94,12 @@ def check_a2a_size(a2a_size: int, cp_size: int) -> int:
     return size
 
 
-def _make_groups(group: dist.ProcessGroup, a2a_size: int) -> _Pair:
+def _make_groups(group: dist.ProcessGroup, a2a_size: int, timeout: timedelta | None) -> _Pair:
     ranks = dist.get_process_group_ranks(group)  # global ranks
     index, head = divmod(group.rank(), a2a_size)
     neighbours = ranks[index * a2a_size : (index + 1) * a2a_size]
-    a2a = dist.new_group(neighbours, use_local_synchronization=True, group_desc="gdn_cp_a2a")
-    states = dist.new_group(ranks[head::a2a_size], use_local_synchronization=True, group_desc="gdn_cp_states")
+    a2a = dist.new_group(neighbours, timeout, use_local_synchronization=True, group_desc="gdn_cp_a2a")
+    states = dist.new_group(ranks[head::a2a_size], timeout, use_local_synchronization=True, group_desc="gdn_cp_states")
     assert isinstance(a2a, dist.ProcessGroup)
     assert isinstance(states, dist.ProcessGroup)
     return a2a, states

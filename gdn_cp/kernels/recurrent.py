@@ -73,6 +73,11 @@ def fused_recurrent_gated_delta_rule(
         TypeError: for an argument of a wrong type.
     """
     chunk._check_inputs(q, k, v, g, beta)
+    chunk._check_flags(
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+        state_v_first=state_v_first,
+    )
     chunk._check_gate(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel)
     chunk._check_sequences(q, cu_seqlens)
     _check_no_gradient(q=q, k=k, v=v, g=g, beta=beta, initial_state=initial_state, A_log=A_log, dt_bias=dt_bias)

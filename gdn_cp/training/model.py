@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -76,7 +77,12 @@ def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
     from gdn_cp.megatron import get_hybrid_block_spec
 
     torch.manual_seed(config.run.seed)
-    prepare_cp_groups(ranks.cp_group, gdn_dims(config.model, ranks.tp_size), config.parallel.a2a_size)
+    prepare_cp_groups(
+        ranks.cp_group,
+        gdn_dims(config.model, ranks.tp_size),
+        config.parallel.a2a_size,
+        timeout=timedelta(minutes=config.run.timeout_minutes),
+    )
     model_parallel_cuda_manual_seed(config.run.seed)
     transformer = megatron_config(config, ranks)
     block: Any = get_hybrid_block_spec(transformer, backend=config.run.gdn_backend, a2a_size=config.parallel.a2a_size)

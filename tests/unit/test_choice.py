@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import doctest
+from datetime import timedelta
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from gdn_cp import GdnDims
@@ -78,8 +80,10 @@ def prepare(rank: int, world: int) -> list[int]:
     """How many subgroups of WORLD there are after each call."""
     made = []
     for dims, asked in ((GdnDims(3, 6, 8, 8), "auto"), (DIMS, None), (DIMS, "auto"), (DIMS, 2)):
-        prepare_cp_groups(dist.group.WORLD, dims, asked)
+        prepare_cp_groups(dist.group.WORLD, dims, asked, timeout=timedelta(seconds=7))
         made.append(sorted(groups._made.get(dist.group.WORLD, {})))
+    for group in groups._made[dist.group.WORLD][2]:
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
     return made
 
 
