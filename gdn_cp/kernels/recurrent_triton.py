@@ -209,9 +209,9 @@ def choose_tile(K: int, V: int, state_bytes: int, state_v_first: bool, bfloat16_
     """The tile for a state whose elements have `state_bytes` bytes; the best for K = V = 128, 128 requests, T = 1.
 
     A [V, K] bank is read in runs of whole rows, so one warp can own 16 of them. In a [K, V] bank a warp's columns are
-    strided, and runs shorter than 256 bytes of a row cost a fifth of the bandwidth. Measured on an H200, but for the
-    bfloat16 [K, V] tile: there the widest measured one (64 columns, 128-byte runs) was 1.23 times a copy, and this one
-    is chosen because it has 256-byte runs and leaves room for three blocks of 32 KiB on a multiprocessor.
+    strided, and runs shorter than 256 bytes of a row cost a fifth of the bandwidth: on an H200 the bfloat16 [K, V] bank
+    takes 1.11 times a copy with the 128 columns chosen here, 1.23 times with 64. The other three take 1.03 to 1.14
+    times a copy (benchmarks/results/decode-h200.json).
     """
     BK, BV = max(triton.next_power_of_2(K), 16), max(triton.next_power_of_2(V), 16)
     if state_v_first:
