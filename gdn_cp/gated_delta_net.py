@@ -131,9 +131,10 @@ def gated_delta_net_mixer(
         out_norm_weight: [V].
         layout: which rows this rank holds. None: one unpadded sequence on one rank.
         group: the context-parallel group; None: one rank.
-        a2a_size: ranks that trade heads for tokens, a divisor of the group's size; None for all of the group, "auto"
-            for the planner's choice. With less than all, groups of a2a_size neighbours pass states to each other; the
-            first call with 1 < a2a_size < size makes process groups, see `gdn_cp.comm.groups.cp_groups`.
+        a2a_size: ranks that trade heads for tokens, a divisor of the group's size; None for all of the group,
+            "largest" that divides the heads, "auto" for the planner's choice. With less than all, groups of a2a_size
+            neighbours pass states to each other; the first call with 1 < a2a_size < size makes process groups, see
+            `gdn_cp.comm.groups.cp_groups`.
         norm_eps: epsilon of the gated RMSNorm.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
 

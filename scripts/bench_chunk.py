@@ -112,7 +112,7 @@ def check_contender(contender: Contender, heads: tuple[int, int]) -> dict[str, f
                 results = {"o": contender.call(**inputs, **case.flags(), cu_seqlens=cu_seqlens)[0]}
         else:
             results = run_with_gradients(contender.call, inputs, case, cu_seqlens)
-        for name, error in errors(results, expected).items():
+        for name, error in errors(results, expected, inputs).items():
             found[name] = max(found.get(name, 0.0), error if math.isfinite(error) else math.inf)
     return found
 

@@ -130,15 +130,37 @@ def oracle(inputs: dict[str, Tensor], case: Case, cu_seqlens: Tensor | None) -> 
     return run_with_gradients(chunk_gated_delta_rule_reference, exact, case, cu_seqlens)
 
 
-def relative_error(x: Tensor, expected: Tensor) -> float:
+def relative_error(x: Tensor, expected: Tensor, least_size: float = 0.0) -> float:
     """Frobenius norm of the difference over that of the expected tensor; the norm itself where that is zero."""
-    difference, size = (x.double() - expected.double()).norm().item(), expected.double().norm().item()
+    difference = (x.double() - expected.double()).norm().item()
+    size = max(expected.double().norm().item(), least_size)
     return difference / size if size else difference
 
 
-def errors(results: Results, expected: Results) -> dict[str, float]:
-    """Relative error of every tensor that both have."""
-    return {name: relative_error(x, expected[name]) for name, x in results.items() if name in expected}
+def errors(results: Results, expected: Results, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of every tensor that both have.
+
+    dA_log and ddt_bias are sums over all tokens of terms with independent rounding errors. The terms may cancel and
+    the errors do not, so those two are measured against the root of the sum of the terms' squares where that is more.
+    """
+    least = term_sizes(inputs, expected)
+    return {
+        name: relative_error(x, expected[name], least.get(name, 0.0)) for name, x in results.items() if name in expected
+    }
+
+
+def term_sizes(inputs: dict[str, Tensor], expected: Results) -> dict[str, float]:
+    """Root of the sum of squares of what dA_log and ddt_bias are sums of.
+
+    With g = -exp(A_log) softplus(x), x = alpha + dt_bias, a term of ddt_bias is the gradient of alpha, and a term of
+    dA_log is that times softplus(x) / sigmoid(x).
+    """
+    if "A_log" not in inputs or "dg" not in expected:
+        return {}
+    x = inputs["g"].double() + inputs["dt_bias"].double()
+    terms = expected["dg"].double()
+    scaled = terms * torch.nn.functional.softplus(x) / x.sigmoid()
+    return {"ddt_bias": terms.norm().item(), "dA_log": scaled.norm().item()}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def main() -> int:
     case = Case("packed", sum(LENGTHS), heads=(1, 2), lengths=LENGTHS, state_in=True, state_out=True)
     inputs, cu_seqlens = make_inputs(case, device), case.cu_seqlens(device)
     results = run_with_gradients(ours().call, inputs, case, cu_seqlens)
-    found |= errors(results, oracle(inputs, case, cu_seqlens))
+    found |= errors(results, oracle(inputs, case, cu_seqlens), inputs)
     for dtype in (torch.float32, torch.bfloat16):
         for v_first in (False, True):
             problem = make_problem(2, (1, 2), 128, dtype, v_first)

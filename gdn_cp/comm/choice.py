@@ -17,8 +17,8 @@ from gdn_cp.comm.groups import check_a2a_size, cp_groups
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.planner import HeadDims, plan
 
-A2aSize = int | Literal["auto"] | None
-"""A divisor of the context-parallel size; "auto" for the planner's choice; None for all ranks."""
+A2aSize = int | Literal["auto", "largest"] | None
+"""A divisor of cp_size; "largest" that the heads allow; "auto" for the planner's choice; None for all ranks."""
 
 _KINDS = {Cut.ZIGZAG: "zigzag", Cut.FLAT: "contiguous", Cut.EACH: "batched"}
 # Goes with its layout. Key: the heads and the element size, which layers of one model may differ in.
@@ -29,18 +29,21 @@ def choose_a2a_size(a2a_size: A2aSize, layout: ThdLayout | None, dims: HeadDims,
     """Return the a2a_size that a layer with `dims` takes for a batch.
 
     Args:
-        a2a_size: an int is returned as it is, None becomes the layout's cp_size, "auto" the fastest size that divides
-            the heads, as `gdn_cp.comm.planner.plan` predicts; kept for the layout's life.
+        a2a_size: an int is returned as it is, None becomes the layout's cp_size, "largest" the largest size that
+            divides the heads (all ranks, where it can be), "auto" the fastest one, as `gdn_cp.comm.planner.plan`
+            predicts; kept for the layout's life.
         layout: of the batch; None: one rank.
         dims: the heads of one tensor-parallel rank.
         element_size: bytes of an activation.
 
-    Raises ValueError for another word than "auto", and for an int that does not divide cp_size.
+    Raises ValueError for another word, and for an int that does not divide cp_size.
 
     >>> from gdn_cp import GdnDims
     >>> layout = ThdLayout.zigzag([0, 4096], 4)
     >>> choose_a2a_size("auto", layout, GdnDims(3, 6, 128, 128))  # 3 heads divide by 1 alone
     1
+    >>> choose_a2a_size("largest", layout, GdnDims(6, 12, 128, 128))
+    2
     >>> choose_a2a_size(None, layout, GdnDims(4, 8, 128, 128))
     4
     """
@@ -48,10 +51,12 @@ def choose_a2a_size(a2a_size: A2aSize, layout: ThdLayout | None, dims: HeadDims,
     check_request(a2a_size, size)
     if a2a_size is None:
         return size
-    if a2a_size != "auto":
+    if not isinstance(a2a_size, str):
         return int(a2a_size)
     if layout is None or size == 1:
         return 1
+    if a2a_size == "largest":
+        return possible_a2a_sizes(size, dims.num_k_heads, dims.num_v_heads)[-1]
     key = (dims.num_k_heads, dims.num_v_heads, dims.head_k_dim, dims.head_v_dim, dims.conv_kernel, element_size)
     made = _chosen.setdefault(layout, {})
     if key not in made:
@@ -77,15 +82,18 @@ def prepare_cp_groups(
     check_request(a2a_size, size)
     if a2a_size is None:
         return
-    wanted = possible_a2a_sizes(size, dims.num_k_heads, dims.num_v_heads) if a2a_size == "auto" else [a2a_size]
-    for possible in wanted:
+    possible_sizes = possible_a2a_sizes(size, dims.num_k_heads, dims.num_v_heads)
+    choices = {"auto": possible_sizes, "largest": possible_sizes[-1:]}
+    for possible in choices[a2a_size] if isinstance(a2a_size, str) else [a2a_size]:
         cp_groups(group, possible, timeout)
 
 
 def check_request(a2a_size: A2aSize, cp_size: int) -> None:
-    """Raise ValueError unless `a2a_size` is None, "auto" or a divisor of cp_size."""
+    """Raise ValueError unless `a2a_size` is None, "auto", "largest" or a divisor of cp_size."""
     if isinstance(a2a_size, str):
-        if a2a_size != "auto":
-            raise ValueError(f'a2a_size: got {a2a_size!r}; choose "auto", None or a divisor of cp_size = {cp_size}')
+        if a2a_size not in ("auto", "largest"):
+            raise ValueError(
+                f'a2a_size: got {a2a_size!r}; choose "auto", "largest", None or a divisor of cp_size = {cp_size}'
+            )
     elif a2a_size is not None:
         check_a2a_size(a2a_size, cp_size)

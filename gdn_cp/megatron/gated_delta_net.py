@@ -76,8 +76,8 @@ class GatedDeltaNet(MegatronModule):
         pp_layer_offset: see cp_comm_type.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
         a2a_size: how context parallelism shares the work where the batch's packed_seq_params leave it open: the ranks
-            that trade heads for tokens, a divisor of the group's size; "auto" for the planner's choice for each batch,
-            which takes any head count; None for all of the group.
+            that trade heads for tokens, a divisor of the group's size; "largest" that divides the heads, "auto" for
+            the planner's choice for each batch (both take any head count); None for all of the group.
 
     Raises:
         ValueError: for sizes that tp does not divide and for unsupported settings.
@@ -103,7 +103,7 @@ class GatedDeltaNet(MegatronModule):
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
         backend: str | None = None,
-        a2a_size: A2aSize = "auto",
+        a2a_size: A2aSize = "largest",
     ) -> None:
         super().__init__(config)
         if pg_collection is None:

@@ -27,9 +27,9 @@ _KEPT = "_gdn_cp_layout"
 class GdnPackedSeqParams(PackedSeqParams):
     """Megatron's PackedSeqParams with the batch's layout. Build it with `packed_seq_params_from_layout`.
 
-    `layout` is shared by all layers. `a2a_size`: ranks that trade heads for tokens in the GDN layers, or "auto" for the
-    planner's choice; None leaves it to each layer's own `a2a_size`. `a2a_size_taken` is written by the GDN layers: what
-    the last one took (for logs).
+    `layout` is shared by all layers. `a2a_size`: ranks that trade heads for tokens in the GDN layers, or "auto" or
+    "largest" (see `gdn_cp.comm.choice`); None leaves it to each layer's own `a2a_size`. `a2a_size_taken` is
+    written by the GDN layers: what the last one took (for logs).
     """
 
     layout: ThdLayout | None = None
@@ -47,7 +47,7 @@ def packed_seq_params_from_layout(
             boundaries of the real tokens alone `cu_seqlens_*`, the longest padded length `max_seqlen_*`.
         group: the context-parallel group of this batch; None: the model's own.
         a2a_size: ranks that trade heads for tokens in the GDN layers of this batch, a divisor of the group's size, or
-            "auto" for the planner's choice. None: as each layer says (see `get_gdn_layer_spec`).
+            "auto" or "largest" (see `gdn_cp.comm.choice`). None: as each layer says (see `get_gdn_layer_spec`).
 
     Raises:
         ValueError: for a group of another size than the layout's, and an a2a_size that does not divide it.

@@ -41,7 +41,7 @@ _MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def get_gdn_layer_spec(
-    config: TransformerConfig, *, backend: str | None = None, a2a_size: A2aSize = "auto"
+    config: TransformerConfig, *, backend: str | None = None, a2a_size: A2aSize = "largest"
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet in place of self-attention.
 
@@ -83,7 +83,7 @@ def get_hybrid_block_spec(
     config: TransformerConfig,
     *,
     backend: str | None = None,
-    a2a_size: A2aSize = "auto",
+    a2a_size: A2aSize = "largest",
     vp_stage: int | None = None,
     pp_rank: int | None = None,
 ) -> TransformerBlockSubmodules:

@@ -73,9 +73,10 @@ class ParallelConfig:
     """Tensor-parallel size."""
     cp: int = 1
     """Context-parallel size."""
-    a2a_size: int | Literal["auto"] | None = "auto"
+    a2a_size: int | Literal["auto", "largest"] | None = "largest"
     """Ranks of a context-parallel group that trade heads for tokens in the GDN layers, a divisor of cp; between them
-    states are passed. auto: the planner chooses for each pack; None: all cp ranks."""
+    states are passed. largest: as many as the heads allow; auto: the planner chooses for each pack; None: all cp
+    ranks."""
     sequence_parallel: bool = False
     """Split norms and residuals by sequence over the tensor-parallel ranks."""
 
@@ -183,10 +184,10 @@ def check_config(config: TrainConfig, world_size: int) -> int:
 def _check_a2a_size(model: ModelConfig, parallel: ParallelConfig) -> None:
     tp, cp, a2a_size = parallel.tp, parallel.cp, parallel.a2a_size
     check_request(a2a_size, cp)
-    # "auto" finds a size that divides the heads; 1 always does.
-    share, size = ("tp", tp) if a2a_size == "auto" else ("tp * a2a_size", tp * (a2a_size or cp))
+    # A word finds a size that divides the heads; 1 always does.
+    share, size = ("tp", tp) if isinstance(a2a_size, str) else ("tp * a2a_size", tp * (a2a_size or cp))
     for name, heads in (("gdn_key_heads", model.gdn_key_heads), ("gdn_value_heads", model.gdn_value_heads)):
-        remedy = "" if a2a_size == "auto" else '; a2a_size "auto" takes any number that tp divides'
+        remedy = "" if isinstance(a2a_size, str) else '; a2a_size "largest" takes any number that tp divides'
         _require(heads % size == 0, f"{name}={heads} must be a multiple of {share} = {size}{remedy}")
 
 

@@ -244,11 +244,13 @@ class _Run:
 
 def _describe_a2a_size(config: TrainConfig) -> str:
     parallel, model = config.parallel, config.model
-    if parallel.a2a_size != "auto":
+    if not isinstance(parallel.a2a_size, str):
         return str(parallel.a2a_size or parallel.cp)
     heads = model.gdn_key_heads // parallel.tp, model.gdn_value_heads // parallel.tp
-    sizes = ", ".join(str(size) for size in possible_a2a_sizes(parallel.cp, *heads))
-    return f"auto, for each pack one of {sizes}"
+    sizes = possible_a2a_sizes(parallel.cp, *heads)
+    if parallel.a2a_size == "largest":
+        return str(sizes[-1])
+    return f"auto, for each pack one of {', '.join(map(str, sizes))}"
 
 
 def _refuse_used_folder(out: Path) -> None:

@@ -65,7 +65,7 @@ def test_choices_do_not_outlive_their_layout():
 @pytest.mark.parametrize(
     ("asked", "kind", "message"),
     [
-        ("all", ValueError, "a2a_size: got 'all'; choose \"auto\", None or a divisor of cp_size = 4"),
+        ("all", ValueError, 'a2a_size: got \'all\'; choose "auto", "largest", None or a divisor of cp_size = 4'),
         (3, ValueError, "a2a_size: got 3; it must divide cp_size = 4"),
         (0, ValueError, "a2a_size: got 0; it must be at least 1"),
         (1.5, TypeError, "a2a_size: expected an int"),
