@@ -49,8 +49,13 @@ step check "$python" scripts/check_kernels.py --output "$out/check.json" "${chec
 step chunk "$python" scripts/bench_kernels.py chunk --output "$out/chunk.json" "${chunk[@]}"
 step decode "$python" scripts/bench_kernels.py decode --output "$out/decode.json"
 step gate "$python" scripts/bench_kernels.py gate --output "$out/gate.json"
+jobs_of_ranks=()
+if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
+  step ranks "$python" -m pytest tests -q -m multi_gpu -p no:cacheprovider
+  jobs_of_ranks=(ranks)
+fi
 
-for name in tests check gate decode chunk; do
+for name in "${jobs_of_ranks[@]}" tests check gate decode chunk; do
   echo "== $name"
   tail -n 45 "$out/$name.log"
 done

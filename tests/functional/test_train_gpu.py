@@ -14,7 +14,8 @@ pytestmark = pytest.mark.functional
 # Activations are rounded to 8 bits of mantissa. Under context parallelism the same heads run the same code; matrix
 # products over fewer rows, and sums of gradients in another order, may round otherwise by one such step.
 BF16 = 2.0**-8
-PROXY = ["qwen3-next-proxy", "--token-budget", "4096", "--warmup-steps", "4", "--no-progress"]
+PROXY = ["qwen3-next-proxy", "--no-progress"]
+FIRST = 5  # steps whose losses are compared; later ones drift apart, as those of any two runs that round differently
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -30,7 +31,7 @@ def assert_close(got: dict[int, float], expected: dict[int, float]) -> None:
 @pytest.mark.gpu
 def test_proxy_learns_and_resumes_on_one_gpu(tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    choices = [*PROXY, "--steps", "12", "--keep-checkpoints", "2"]
+    choices = [*PROXY, "--token-budget", "4096", "--warmup-steps", "4", "--steps", "12", "--keep-checkpoints", "2"]
     code, output = finish(start(1, *choices, "--checkpoint-every", "8", "--out", str(whole)))
     assert code == 0, output
     assert "MFU" in output or "TFLOP/s/GPU" in output
@@ -45,10 +46,18 @@ def test_proxy_learns_and_resumes_on_one_gpu(tmp_path):
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("division", [["--cp", "2"], ["--tp", "2", "--sequence-parallel"]], ids=["cp2", "tp2-sp"])
+@pytest.mark.parametrize(
+    "division",
+    [["--cp", "2"], ["--cp", "2", "--a2a-size", "1"], ["--tp", "2", "--sequence-parallel"]],
+    ids=["cp2", "cp2-states", "tp2-sp"],
+)
 def test_proxy_on_two_gpus_has_the_losses_of_one(tmp_path, division):
-    choices = [*PROXY, "--steps", "5", "--checkpoint-every", "-1"]
+    """20 steps of 16,384 tokens train, and the first losses are those of one GPU."""
+    choices = [*PROXY, "--steps", "20", "--checkpoint-every", "-1"]
+    found = []
     for ranks, extra, name in ((1, [], "one"), (2, division, "two")):
         code, output = finish(start(ranks, *choices, *extra, "--out", str(tmp_path / name)))
         assert code == 0, output
-    assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"))
+        found.append(losses(tmp_path / name))
+    assert_close(*({step: loss for step, loss in run.items() if step <= FIRST} for run in reversed(found)))
+    assert found[1][20] < 0.5 * found[1][1]
