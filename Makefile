@@ -2,7 +2,7 @@
 #
 #   make train                          train on real text: all GPUs, or 2 CPU ranks where there is none
 #   make train ARGS="--steps 20"        ... with choices (see scripts/train_proxy.py tiny --help)
-#   make test | test-gpu | lint | bench
+#   make test | test-gpu | lint | kernels | bench
 #
 #   PYTHON=python3.12                   the interpreter that .venv is made from
 #   TORCH_SPEC="torch==2.11.0"          the torch to install, as arguments of pip: a version, a wheel's path, options
@@ -27,7 +27,7 @@ CHECKED := gdn_cp tests scripts
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: train test test-gpu lint bench clean
+.PHONY: train test test-gpu lint kernels bench clean
 
 train: $(TRAIN_READY)
 ifeq ($(NGPU),0)
@@ -49,8 +49,13 @@ lint: $(DEV_READY)
 	$(PY) -m ruff format --check $(CHECKED)
 	$(PY) -m pyright --pythonpath $(PY)
 
+kernels: $(DEV_READY)  # registers, spills, shared memory of every Triton kernel on sm_90; needs no GPU
+	$(PY) -m gdn_cp.kernels.compile_report
+
 bench: $(BENCH_READY)
-	set -e; for script in scripts/bench_*.py; do $(PY) $$script $(ARGS); done
+	set -e; for what in chunk decode gate; do \
+	  $(PY) scripts/bench_kernels.py $$what --output benchmarks/results/$$what.json $(ARGS); done
+	$(PY) scripts/plot_bench.py benchmarks/results/chunk.json benchmarks/results/decode.json
 
 clean:
 	rm -rf $(if $(VENV),$(VENV)) build dist .pytest_cache .ruff_cache .hypothesis
