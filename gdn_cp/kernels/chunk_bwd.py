@@ -30,7 +30,7 @@ from gdn_cp.kernels.chunk_bwd_local import (
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
 from gdn_cp.kernels.configs import PIECES_VARIABLE, capability, dot_precision
 from gdn_cp.kernels.gate_triton import sum_partials
-from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables
+from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -125,7 +125,7 @@ def chunk_gated_delta_rule_bwd(
     """Gradients of `chunk_gated_delta_rule` from those of its output and final state.
 
     Args:
-        do: [B, T, HV, V] gradient of o, last dimension contiguous.
+        do: [B, T, HV, V] gradient of o, strides as q's.
         dht: [N, HV, K, V] float32 gradient of the final state (as `state_v_first` says), or None.
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, flags: as the public operation's; q, k, v with a
             contiguous last dimension and evenly spaced rows.
@@ -145,7 +145,6 @@ def chunk_gated_delta_rule_bwd(
         checkpoints, piece_states = (None, piece_states) if PIECES_VARIABLE in os.environ else (checkpoints, None)
     tables = chunk_tables(B, T, cu_seqlens, q.device, 0 if piece_states is None else piece_chunks)
     NT = tables.num_chunks
-    do = do if B == 1 or do.stride(0) == T * do.stride(1) else do.contiguous()
     out = _allocate(q, k, v, g, beta, tables.num_sequences if need_dh0 else None, state_v_first)
     # Shares of the chunks in dA_log and ddt_bias.
     parts = torch.empty(NT, 2, HV, dtype=torch.float32, device=q.device) if use_gate_in_kernel else None
@@ -158,7 +157,7 @@ def chunk_gated_delta_rule_bwd(
             dG = run.local(c0, c1, g is not None, use_beta_sigmoid_in_kernel)
             if g is not None:
                 gate_gradients_kernel[((c1 - c0) * HV,)](
-                    dG, g, A_log, dt_bias, tables.chunks, out.dg, parts, c0, g.stride(1), g.stride(2),
+                    dG, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, parts, c0, g.stride(1), g.stride(2),
                     HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
                 )  # fmt: skip
     if parts is None:
@@ -210,10 +209,10 @@ class _Slices:
         inputs = (
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
             self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces,
-            None if initial_state is None else initial_state.contiguous(),
+            dense(initial_state),
         )  # fmt: skip
         numbers = (self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do))
-        dht = None if dht is None else dht.contiguous()
+        dht = dense(dht)
         grid = tables.num_pieces * self.HV * triton.cdiv(self.V, bv)
         starts = ends = None
         if piece_states is not None:

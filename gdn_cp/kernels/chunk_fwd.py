@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_prepare import Prepared
 from gdn_cp.kernels.configs import ChainLaunch, chain_config, options
-from gdn_cp.kernels.tables import ChunkTables
+from gdn_cp.kernels.tables import ChunkTables, dense
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -364,8 +364,7 @@ def chain_forward(
     o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
     final = torch.empty(state_shape, dtype=torch.float32, device=v.device) if output_final_state else None
-    initial = None if initial_state is None else initial_state.contiguous()
-    walk = _Walk(q, k, v, prepared, tables, scale, initial, state_v_first, launch)
+    walk = _Walk(q, k, v, prepared, tables, scale, dense(initial_state), state_v_first, launch)
     states = None
     if tables.num_pieces:
         states = walk.piece_states() if tables.num_pieces > N else None

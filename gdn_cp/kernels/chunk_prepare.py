@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import Launch, options, prepare_config
-from gdn_cp.kernels.tables import CHUNK, ChunkTables
+from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -374,7 +374,7 @@ def prepare(
     Ag = torch.empty(*shape, CHUNK, dtype=q.dtype, device=q.device)
     if NT:
         _solve_kernel[(NT * HV,)](
-            k, g, beta, A_log, dt_bias, tables.chunks, G, bt, rk, Ag,
+            k, g, beta, dense(A_log), dense(dt_bias), tables.chunks, G, bt, rk, Ag,
             NT * HV, k.stride(1), k.stride(2),
             *((0, 0) if g is None else (g.stride(1), g.stride(2))),
             *((0, 0) if beta is None else (beta.stride(1), beta.stride(2))),

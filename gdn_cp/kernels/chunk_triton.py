@@ -23,7 +23,7 @@ from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd, slice_chunks
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
 from gdn_cp.kernels.configs import chain_plan
-from gdn_cp.kernels.tables import CHUNK, chunk_tables
+from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
 
 MAX_HEAD_DIM = 256
 
@@ -43,12 +43,6 @@ def unsupported(call: DeltaRuleCall) -> str | None:
     if os.environ.get("TRITON_INTERPRET") == "1" and call.dtype != torch.float32:
         return f"Triton's interpreter multiplies {call.dtype} wrongly, use float32 with it"
     return None
-
-
-def _even_rows(x: Tensor) -> Tensor:
-    """x [B, T, ...] with a contiguous last dimension and rows b*T + t at even distances; a copy only where needed."""
-    even = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if even and x.stride(-1) == 1 else x.contiguous()
 
 
 def _absent(like: Tensor) -> Tensor:
@@ -81,15 +75,15 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None."""
     (B, T, HV, V), K = v.shape, q.shape[3]
-    q, k, v = _even_rows(q), _even_rows(k), _even_rows(v)
+    q, k, v = even_rows(q), even_rows(k), even_rows(v)
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
     launch, cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V)
     tables = chunk_tables(B, T, cu_seqlens, q.device, cut)
     prepared = prepare(
         q,
         k,
-        None if g is None else _even_rows(g),
-        None if beta is None else _even_rows(beta),
+        None if g is None else even_rows(g),
+        None if beta is None else even_rows(beta),
         tables,
         scale=scale,
         num_v_heads=HV,
@@ -189,13 +183,13 @@ def _backward(
     if starts.numel():
         pieces = {"piece_states": (starts, sums), "piece_chunks": piece_chunks}
     gradients = chunk_gated_delta_rule_bwd(
-        do if do.stride(-1) == 1 else do.contiguous(),
+        even_rows(do),
         dht,
-        _even_rows(q),
-        _even_rows(k),
-        _even_rows(v),
-        None if g is None else _even_rows(g),
-        None if beta is None else _even_rows(beta),
+        even_rows(q),
+        even_rows(k),
+        even_rows(v),
+        None if g is None else even_rows(g),
+        None if beta is None else even_rows(beta),
         Prepared(G, bt, rq if norm else None, rk if norm else None, Ag),
         cu_seqlens,
         scale=scale,

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.activations_triton import sigmoid
-from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables
+from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -313,7 +313,7 @@ def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: T
         n_d = triton.cdiv(D, BD)
         joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
         conv1d_forward_kernel[(triton.cdiv(tables.num_chunks, joined) * n_d,)](
-            x, weight.contiguous(), bias, y, tables.chunks, tables.num_chunks, joined, x.stride(0),
+            x, weight.contiguous(), dense(bias), y, tables.chunks, tables.num_chunks, joined, x.stride(0),
             D=D, W=W, WP=triton.next_power_of_2(W), BD=BD, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu,
             num_warps=warps,
         )  # fmt: skip
@@ -340,7 +340,7 @@ def conv1d_backward(
     programs = triton.cdiv(tables.num_chunks, joined)
     partial = torch.empty(programs if parameters else 0, W + 1, D, dtype=torch.float32, device=x.device)
     conv1d_backward_kernel[(programs * n_d,)](
-        dy, x, weight.contiguous(), bias, dx, partial, tables.chunks, tables.num_chunks, joined, x.stride(0),
+        dy, x, weight.contiguous(), dense(bias), dx, partial, tables.chunks, tables.num_chunks, joined, x.stride(0),
         dy.stride(0),
         D=D, W=W, WP=triton.next_power_of_2(W), BD=BD, GROUP=BACKWARD_GROUP, C=CHUNK, HAS_BIAS=bias is not None,
         SILU=silu, PARAMETERS=parameters, num_warps=warps,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.tables import CHUNK, chunk_tables
+from gdn_cp.kernels.tables import CHUNK, chunk_tables, dense
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -170,7 +170,7 @@ def gate_forward(g: Tensor, A_log: Tensor, dt_bias: Tensor | None, cu_seqlens: T
     if out.numel():
         flat = _flat_rows(g)
         gate_forward_kernel[(n_t * n_h,)](
-            flat, A_log, dt_bias, out, chunks, flat.shape[0], flat.stride(0), flat.stride(1),
+            flat, dense(A_log), dense(dt_bias), out, chunks, flat.shape[0], flat.stride(0), flat.stride(1),
             HV=HV, BH=_block_heads(HV), C=CHUNK, HAS_DT_BIAS=dt_bias is not None, CUMSUM=cumsum,
             IS_TABLE=chunks is not None, num_warps=4,
         )  # fmt: skip
@@ -190,8 +190,8 @@ def gate_backward(
     if programs:
         flat = _flat_rows(g)
         gate_backward_kernel[(programs * n_h,)](
-            dout.contiguous(), flat, A_log, dt_bias, dg, partial, chunks, flat.shape[0], n_t, flat.stride(0),
-            flat.stride(1), per_program,
+            dout.contiguous(), flat, dense(A_log), dense(dt_bias), dg, partial, chunks, flat.shape[0], n_t,
+            flat.stride(0), flat.stride(1), per_program,
             HV=HV, BH=_block_heads(HV), C=CHUNK, HAS_DT_BIAS=dt_bias is not None, CUMSUM=cumsum,
             IS_TABLE=chunks is not None, num_warps=4,
         )  # fmt: skip

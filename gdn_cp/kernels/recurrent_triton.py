@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from gdn_cp.kernels.gate_triton import gate_of
+from gdn_cp.kernels.tables import dense
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -264,8 +265,8 @@ def launch(
     if N * HV == 0:
         return o
     recurrent_kernel[(N * HV * triton.cdiv(V, tile.BV),)](
-        q, k, v, g, beta, A_log, dt_bias, o, initial, final, cu_seqlens, state_indices, cache_seqlens,
-        scale, T, num_slots, ring,
+        q, k, v, g, beta, dense(A_log), dense(dt_bias), o, initial, final, dense(cu_seqlens), state_indices,
+        cache_seqlens, scale, T, num_slots, ring,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(g), *_strides(beta),
         *_strides(initial)[:2], *_state_strides(final, is_ring),
         H=H, HV=HV, K=K, V=V, BK=tile.BK, BV=tile.BV, V_FIRST=state_v_first,

@@ -54,6 +54,12 @@ class ChunkTables:
         return self.pieces.shape[0]
 
 
+@triton.jit
+def _boundary(pointer, mask, seqlen):
+    """Entries of cu_seqlens as int32, cut to 0..seqlen."""
+    return tl.minimum(tl.maximum(tl.load(pointer, mask=mask, other=0), 0), seqlen).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["seqlen", "n_seq", "nt", "n_pieces", "piece_chunks"])
 def _tables_kernel(
     cu_ptr, chunks_ptr, pieces_ptr, seqlen, n_seq, nt, n_pieces, piece_chunks,
@@ -61,6 +67,9 @@ def _tables_kernel(
 ):  # fmt: skip
     """Program n writes the entries of sequence n, after counting those of the sequences before it; the last one also
     marks the unused entries. Every program repeats the count: a sum over n lengths is cheaper than a second launch.
+
+    The host has not seen cu_seqlens: boundaries are cut to 0..seqlen and entries to the tables, so that wrong ones
+    give wrong numbers but let no kernel leave its memory.
     """
     n = tl.program_id(0)
     first_chunk = 0
@@ -69,13 +78,13 @@ def _tables_kernel(
         for start in range(0, n, BLOCK):
             ids = start + tl.arange(0, BLOCK)
             mask = ids < n
-            lengths = tl.load(cu_ptr + ids + 1, mask=mask, other=0) - tl.load(cu_ptr + ids, mask=mask, other=0)
-            counts = ((lengths + CHUNK - 1) // CHUNK).to(tl.int32)
+            lengths = _boundary(cu_ptr + ids + 1, mask, seqlen) - _boundary(cu_ptr + ids, mask, seqlen)
+            counts = (tl.maximum(lengths, 0) + CHUNK - 1) // CHUNK
             pieces = tl.maximum((counts + piece_chunks - 1) // piece_chunks, 1)
             first_chunk += tl.sum(counts, 0)
             first_piece += tl.sum(tl.where(mask, pieces, 0), 0)
-        first_row = tl.load(cu_ptr + n).to(tl.int32)
-        end_row = tl.load(cu_ptr + n + 1).to(tl.int32)
+        first_row = _boundary(cu_ptr + n, True, seqlen)
+        end_row = tl.maximum(_boundary(cu_ptr + n + 1, True, seqlen), first_row)
         count = (end_row - first_row + CHUNK - 1) // CHUNK
     else:
         count = (seqlen + CHUNK - 1) // CHUNK
@@ -86,7 +95,7 @@ def _tables_kernel(
     n_own = tl.maximum((count + piece_chunks - 1) // piece_chunks, 1)
     for start in range(0, count, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        mask = ids < count
+        mask = (ids < count) & (first_chunk + ids < nt)
         rows = first_row + ids * CHUNK
         entry = chunks_ptr + (first_chunk + ids) * 4
         tl.store(entry, tl.zeros_like(ids) + n, mask=mask)
@@ -95,7 +104,7 @@ def _tables_kernel(
         tl.store(entry + 3, ids, mask=mask)
     for start in range(0, n_own, BLOCK):
         ids = start + tl.arange(0, BLOCK)
-        mask = ids < n_own
+        mask = (ids < n_own) & (first_piece + ids < n_pieces)
         entry = pieces_ptr + (first_piece + ids) * 8
         chunk = ids * piece_chunks
         size = tl.minimum(count - chunk, piece_chunks)
@@ -120,10 +129,29 @@ def _tables_kernel(
 _Key = tuple[object, ...]
 _cache: OrderedDict[_Key, tuple[weakref.ref[Tensor] | None, ChunkTables]] = OrderedDict()
 _CACHE_SIZE = 16
+# Tables that a CUDA graph reads: its replays know nothing of the cache's.
+_captured: dict[_Key, ChunkTables] = {}
+
+
+def even_rows(x: Tensor) -> Tensor:
+    """x [B, T, ...] with a contiguous last dimension and rows b*T + t at distance x.stride(1); a copy where needed."""
+    if x.stride(-1) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)):
+        return x
+    # Not contiguous(), to which the stride of a dimension of size 1 is all the same: with T = 1 it may be any.
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """x as a kernel reads a parameter or a state, without strides; None stays None."""
+    return None if x is None else x.contiguous()
 
 
 def _stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def chunk_tables(
@@ -140,8 +168,9 @@ def chunk_tables(
 
     Tables are cached by the identity and version of `cu_seqlens`, so that the layers of a model share them. A cached
     table is not taken while a CUDA graph is captured if it was built from `cu_seqlens`: a replay may change its values.
+    Another that is taken then, one per shape and device, is never freed: the graph goes on reading it.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    capturing = _is_capturing(device)
     shape_key = (batch, seqlen, piece_chunks, device, _stream(device))
     if cu_seqlens is None:
         key: _Key | None = shape_key
@@ -153,6 +182,8 @@ def chunk_tables(
         owner, tables = _cache[key]
         if owner is None or owner() is cu_seqlens:
             _cache.move_to_end(key)
+            if capturing:
+                _captured[key] = tables
             return tables
     tables = _build(batch, seqlen, cu_seqlens, device, piece_chunks)
     if key is not None and not capturing:
@@ -174,7 +205,7 @@ def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.dev
     pieces = torch.empty(n_pieces, 8, dtype=torch.int32, device=device)
     if n_seq:
         _tables_kernel[(n_seq,)](
-            cu_seqlens, chunks, pieces, seqlen, n_seq, n_chunks, n_pieces, piece_chunks or 2**30,
+            dense(cu_seqlens), chunks, pieces, seqlen, n_seq, n_chunks, n_pieces, piece_chunks or 2**30,
             **options(4, 1, VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024),
         )  # fmt: skip
     return ChunkTables(chunks, pieces, n_seq)

@@ -3,11 +3,15 @@
 float32 inputs, whose products are float32: errors come from rounding sums of K and of 64 terms.
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
 
 from gdn_cp.kernels import chunk_triton, configs
+from gdn_cp.kernels import tables as tables_module
 from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import prepare, prepare_products
@@ -157,6 +161,41 @@ def test_tables_of_packed_sequences():
     cu[1:3] = 30  # in place: the cached tables are stale
     changed = chunk_tables(1, 170, cu, DEVICE, piece_chunks=1)
     assert changed.chunks.tolist()[:4] == [[0, 0, 30, 0], [2, 30, 64, 0], [2, 94, 64, 1], [2, 158, 12, 2]]
+
+
+@pytest.mark.parametrize("cu", [[0, 90, 500], [-70, 90, 170], [100, 0, 170, 20, 170]])
+@pytest.mark.parametrize("piece_chunks", [0, 1])
+def test_tables_of_wrong_boundaries_stay_inside_the_batch(cu, piece_chunks, monkeypatch):
+    sizes = []
+
+    def guarded(*shape, **options):  # a margin of entries that no one may touch
+        sizes.append(shape[0])
+        return torch.full((shape[0] + 100, *shape[1:]), -7, **options)[: shape[0]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guarded)
+        tables = chunk_tables(1, 170, torch.tensor(cu, device=DEVICE), DEVICE, piece_chunks)
+    for table, size in zip((tables.chunks, tables.pieces), sizes, strict=True):
+        whole = table.as_strided((size + 100, table.shape[1]), table.stride())
+        assert (whole[size:] == -7).all()
+        assert (whole[:size] != -7).any(1).all()
+    sequence, row, count = tables.chunks[:, :3].unbind(1)
+    used = sequence >= 0
+    assert ((row >= 0) & (count > 0) & (row + count <= 170))[used].all()
+
+
+def test_tables_that_a_graph_captured_outlive_the_cache(monkeypatch):
+    first = chunk_tables(1, 71, None, DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr(tables_module, "_is_capturing", lambda device: True)
+        assert chunk_tables(1, 71, None, DEVICE) is first
+    alive = weakref.ref(first)
+    del first
+    for seqlen in range(100, 120):
+        chunk_tables(1, seqlen, None, DEVICE)
+    gc.collect()
+    assert alive() is not None
+    assert chunk_tables(1, 71, None, DEVICE) is not alive()  # out of the cache, yet not freed
 
 
 def test_cut_only_where_processors_would_idle():
