@@ -8,7 +8,8 @@ and so is its gradient, with the same M: dS_in = dS_ext + M^T dS_out, dS_ext bei
 the final state. A summary is (S_ext, M), its size independent of the segment's length.
 
 M costs no second algorithm: a column of the state whose values v are zero is multiplied by M and by nothing else. So
-the rule runs once on values with K zero columns appended, from the state [0 | I], and ends in [S_ext | M].
+the rule runs once on values with K zero columns appended, from the state [0 | I], and ends in [S_ext | M]. Where these
+are more columns than the Triton rule takes, it runs once for S_ext and once for M.
 
 Dimensions: T tokens, n segments, H query/key heads, HV value heads, K key dim, V value dim, L segments of a chain,
 U chains.
@@ -29,6 +30,9 @@ from gdn_cp.kernels.gate import fused_gdn_gate
 
 TRUNCATION_THRESHOLD = 4.5e-5
 """A state that decays below this part of itself within a segment is lost in bfloat16's rounding (2e-3) many times."""
+
+MOST_COLUMNS = 256
+"""Columns of a state that the Triton rule takes: `chunk_triton.MAX_HEAD_DIM`, which cannot be read without Triton."""
 
 
 @dataclass(frozen=True)
@@ -128,23 +132,32 @@ def summarise_segments(
     with torch.no_grad():
         lost = _decayed_away(inputs, options, cu_seqlens) if truncate else None
         if lost is not None and v.device.type == "cpu" and bool(lost.all()):
-            _, ext = run_rule(_with_values(inputs, v), options, cu_seqlens, None, True)
-            assert ext is not None
+            ext = _final_states(inputs, v, None, options, cu_seqlens)
             return SegmentSummary(ext, ext.new_zeros(n, HV, K, K))
-        start = torch.cat((v.new_zeros(K, V, dtype=dtype), torch.eye(K, dtype=dtype, device=v.device)), 1)
-        wide = torch.cat((v, v.new_zeros(*v.shape[:3], K)), -1)
-        state = start.expand(n, HV, K, V + K).contiguous()
-        _, final = run_rule(_with_values(inputs, wide), options, cu_seqlens, state, True)
-        assert final is not None
-        ext, transfer = final.split((V, K), -1)
+        zeros, identity = v.new_zeros(*v.shape[:3], K), torch.eye(K, dtype=dtype, device=v.device)
+        if V + K <= MOST_COLUMNS:
+            start = torch.cat((identity.new_zeros(K, V), identity), 1)
+            final = _final_states(inputs, torch.cat((v, zeros), -1), start, options, cu_seqlens)
+            ext, transfer = final.split((V, K), -1)
+        else:
+            ext = _final_states(inputs, v, None, options, cu_seqlens)
+            transfer = _final_states(inputs, zeros, identity, options, cu_seqlens)
         if lost is not None:
             transfer = transfer.masked_fill(lost[..., None, None], 0)
         return SegmentSummary(ext.contiguous(), transfer.contiguous())
 
 
-def _with_values(inputs: TokenInputs, v: Tensor) -> TokenInputs:
-    """The inputs with other values, and with k for q: the output is not used, and k is at hand."""
-    return TokenInputs(inputs.k, inputs.k, v, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias)
+def _final_states(
+    inputs: TokenInputs, v: Tensor, start: Tensor | None, options: RuleOptions, cu_seqlens: Tensor
+) -> Tensor:
+    """The states [n, HV, K, width] that the inputs with values v leave, every one from `start` [K, width] (None: 0)."""
+    if start is not None:
+        start = start.expand(len(cu_seqlens) - 1, v.shape[2], *start.shape).contiguous()
+    # k for q: the output is not used, and k is at hand.
+    tokens = TokenInputs(inputs.k, inputs.k, v, inputs.g, inputs.beta, inputs.A_log, inputs.dt_bias)
+    _, final = run_rule(tokens, options, cu_seqlens, start, True)
+    assert final is not None
+    return final
 
 
 def _decayed_away(inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor) -> Tensor:
@@ -188,8 +201,9 @@ def merge_states(ext: Tensor, transfer: Tensor, active: tuple[int, ...], *, tran
     if transpose:
         transfer = transfer.transpose(-1, -2)
     steps = list(ext.split(active))
-    for t, M_t in enumerate(transfer.split(active[1:]) if len(active) > 1 else (), start=1):
-        steps[t] = torch.baddbmm(steps[t], M_t, steps[t - 1][: len(M_t)])
+    with torch.autocast(ext.device.type, enabled=False):  # which would multiply states in half precision
+        for t, M_t in enumerate(transfer.split(active[1:]) if len(active) > 1 else (), start=1):
+            steps[t] = torch.baddbmm(steps[t], M_t, steps[t - 1][: len(M_t)])
     return torch.cat(steps)
 
 

@@ -171,6 +171,29 @@ def test_truncation_of_everything_computes_no_transfer(monkeypatch):
     assert widths == [V, V + K]
 
 
+def test_more_columns_than_triton_takes_run_apart(monkeypatch):
+    from gdn_cp.kernels import chunk_triton, segments
+
+    assert segments.MOST_COLUMNS == chunk_triton.MAX_HEAD_DIM
+    cu, inputs = bounds([64, 0, 10]), random_inputs(74, seed=8)
+    together, widths, run = summarise_segments(inputs, RuleOptions(), cu), [], segments.run_rule
+    monkeypatch.setattr(segments, "MOST_COLUMNS", V + K - 1)
+    monkeypatch.setattr(
+        segments, "run_rule", lambda inputs, *rest: widths.append(inputs.v.shape[-1]) or run(inputs, *rest)
+    )
+    apart = summarise_segments(inputs, RuleOptions(), cu)
+    assert widths == [V, K]
+    for x, expected in zip(apart, together, strict=True):
+        assert relative_error(x, expected) < 1e-14  # a few roundings of float64: products of another shape
+
+
+def test_autocast_leaves_the_composition_in_float32():
+    ext, transfer = torch.randn(3, K, V), torch.randn(2, K, K)
+    expected = merge_states(ext, transfer, (1, 1, 1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(merge_states(ext, transfer, (1, 1, 1)), expected)
+
+
 def test_without_decay_nothing_is_truncated():
     cu, inputs = bounds([64, 10]), random_inputs(74, seed=7)
     inputs = TokenInputs(inputs.q, inputs.k, inputs.v, None, inputs.beta)
