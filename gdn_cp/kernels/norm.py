@@ -43,7 +43,7 @@ def gated_rms_norm(x: Tensor, z: Tensor, weight: Tensor, eps: float = 1e-6) -> T
     for name, other in (("z", z), ("weight", weight)):
         if other.device != x.device:
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}: move {name} to {x.device}")
-    if eps <= 0:
+    if not eps > 0:
         raise ValueError(f"eps must be positive, or a row of zeros divides by zero, got {eps}")
     if wants_kernels(x):
         from gdn_cp.kernels.norm_triton import gated_rms_norm_op, unsupported

@@ -85,6 +85,7 @@ def test_head_has_the_bits_that_it_has_alone():
         ({"weight": torch.ones(7)}, r"weight must be \[8\]"),
         ({"z": torch.ones(4, 8, device="meta")}, r"z is on meta but x is on cpu: move z"),
         ({"eps": 0.0}, r"eps must be positive"),
+        ({"eps": float("nan")}, r"eps must be positive.*nan"),
     ],
 )
 def test_refusals(changes, message):
