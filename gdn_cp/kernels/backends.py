@@ -95,8 +95,8 @@ def triton_refusal(call: DeltaRuleCall) -> str | None:
 
 
 def wants_kernels(x: torch.Tensor) -> bool:
-    """Whether the row-wise operations (convolution, norm) are to run their Triton kernels on x: on a GPU, in any dtype
-    but float64, unless GDN_CP_BACKEND asks for one of the plain torch implementations."""
+    """Whether the gate, the convolution, the norm and decode are to run their Triton kernels on x: on a GPU, in any
+    dtype but float64, unless GDN_CP_BACKEND asks for one of the plain torch implementations."""
     wanted = os.environ.get(ENVIRONMENT_VARIABLE) not in ("reference", "recurrent")
     return x.is_cuda and x.dtype != torch.float64 and wanted
 

@@ -28,7 +28,7 @@ from gdn_cp.kernels.chunk_bwd_local import (
     scores_kernel,
 )
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
-from gdn_cp.kernels.configs import PIECES_VARIABLE, capability, dot_precision
+from gdn_cp.kernels.configs import PIECES_VARIABLE, bulk_copy_fits, capability, dot_precision, launches, multiprocessors
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
@@ -98,6 +98,7 @@ def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2
     return -(-num_chunks // slices)
 
 
+@launches
 def chunk_gated_delta_rule_bwd(
     do: Tensor,
     dht: Tensor | None,
@@ -180,7 +181,7 @@ class _Slices:
         self.HV, self.V = v.shape[2:]
         HV, K, V = self.HV, self.K, self.V
         self.config = backward_config(q.device, q.dtype, K, V, tables.num_pieces * HV)
-        self.tma = self.config.tma and _tma_fits(q, k, v, do)
+        self.tma = self.config.tma and bulk_copy_fits(q, k, v, do)
         self.constants = {
             "H": self.H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK,
             "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
@@ -276,26 +277,11 @@ class _Slices:
         return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
 
 
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; 1 where only Triton's interpreter can run."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
     """Columns per step, and the keyword arguments of a launch."""
     block_v, warps, stages, *limit = launch
     options = {"BV": block_v, "STAGES": stages, "num_warps": warps, "num_stages": stages}
     return block_v, options | ({"maxnreg": limit[0]} if limit else {})
-
-
-def _tma_fits(*tensors: Tensor) -> bool:
-    """Whether the bulk copy engine can read these: packed heads, head dims that need no padding, 16-byte alignment."""
-    for x in tensors:
-        dim = x.shape[3]
-        packed = not dim & (dim - 1) and x.stride(2) == dim and not x.stride(1) % 8 and not x.data_ptr() % 16
-        if not packed or x.numel() == 0 or x.dtype == torch.float32:
-            return False
-    return True
 
 
 def _strides(*tensors: Tensor) -> list[int]:

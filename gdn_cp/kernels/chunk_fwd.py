@@ -30,7 +30,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_prepare import Prepared
-from gdn_cp.kernels.configs import ChainLaunch, chain_config, options
+from gdn_cp.kernels.configs import ChainLaunch, bulk_copy_fits, chain_config, launches, options
 from gdn_cp.kernels.tables import ChunkTables, dense
 
 if TYPE_CHECKING:
@@ -241,15 +241,6 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _tma_fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the bulk copy engine can read these: packed heads, head dims that need no padding, 16-byte alignment."""
-    for x in (q, k, v):
-        dim = x.shape[3]
-        if dim & (dim - 1) or x.stride(2) != dim or x.stride(1) % 8 or x.data_ptr() % 16 or x.dtype == torch.float32:
-            return False
-    return v.numel() > 0
-
-
 def _descriptors(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, block_v: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors of q, k, v as [rows, heads * dim], X as [chunks * heads * K, 64], Yt as [chunks * heads * 64, 64]."""
     assert prepared.X is not None
@@ -276,7 +267,7 @@ class _Walk:
         self.H, self.HV, self.K, self.V = q.shape[2], v.shape[2], q.shape[3], v.shape[3]
         self.tables, self.config, self.device = tables, launch, q.device
         self.block_v: int = min(launch.block_v, max(16, _power_of_2(self.V)))
-        self.tma = launch.tma and _tma_fits(q, k, v)
+        self.tma = launch.tma and bulk_copy_fits(q, k, v)
         inputs = _descriptors(q, k, v, prepared, self.block_v) if self.tma else (q, k, v, prepared.X, prepared.Yt)
         self.inputs: tuple[Any, ...] = (
             *inputs,
@@ -334,6 +325,7 @@ class _Walk:
         return starts, sums
 
 
+@launches
 def chain_forward(
     q: Tensor,
     k: Tensor,

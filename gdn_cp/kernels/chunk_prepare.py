@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.configs import Launch, options, prepare_config
+from gdn_cp.kernels.configs import Launch, launches, options, prepare_config
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
 
 if TYPE_CHECKING:
@@ -336,6 +336,7 @@ def _products_kernel(
         tl.store(out + d[:, None] * 64 + i[None, :], X.to(k.dtype), mask=(d[:, None] < K))
 
 
+@launches
 def prepare(
     q: Tensor,
     k: Tensor,
@@ -390,6 +391,7 @@ def prepare(
     return Prepared(G, bt, rq, rk, Ag, X, Yt)
 
 
+@launches
 def prepare_products(
     q: Tensor,
     k: Tensor,

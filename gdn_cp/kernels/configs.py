@@ -11,10 +11,17 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,41 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 elsewhere, where only Triton's interpreter can run."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Make `device` the current one if it is another GPU: Triton launches on the current one, wherever tensors are."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
+
+
+def launches(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callable[Concatenate[Tensor, _Rest], _Result]:
+    """Run a function that launches kernels on the device of its first argument."""
+
+    @wraps(function)
+    def run(x: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+        with on_device(x.device):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
+def bulk_copy_fits(*tensors: Tensor) -> bool:
+    """Whether the bulk copy engine can read tensors [B, T, heads, dim]: packed heads, rows that do not overlap, dims
+    that need no padding, 16-byte alignment."""
+    for x in tensors:
+        dim, row = x.shape[3], x.shape[2] * x.shape[3]
+        packed = not dim & (dim - 1) and x.stride(2) == dim and x.stride(1) >= row
+        aligned = not x.stride(1) % 8 and not x.data_ptr() % 16
+        if not packed or not aligned or x.numel() == 0 or x.dtype == torch.float32:
+            return False
+    return True
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -108,8 +150,9 @@ def chain_plan(
     override = os.environ.get(PIECES_VARIABLE)
     if override is not None and not override.isdigit():
         raise ValueError(f"{PIECES_VARIABLE} is {override!r}: set it to a number of chunks >= 0, or unset it")
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    block_v, cut = best_cut(processors, max(num_sequences, 1), num_rows / max(num_sequences, 1) / 64, heads, K, V)
+    block_v, cut = best_cut(
+        multiprocessors(device), max(num_sequences, 1), num_rows / max(num_sequences, 1) / 64, heads, K, V
+    )
     launch = chain_config(device, dtype, K, V, block_v)
     if override is not None:
         cut = int(override)

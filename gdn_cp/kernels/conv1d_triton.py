@@ -18,7 +18,6 @@ Dimensions: T rows, D channels, W taps (2 to 8), C rows of a chunk (64), BD chan
 # ruff: noqa: RUF005 -- triton.jit joins tuples but does not unpack one inside another
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.activations_triton import sigmoid
+from gdn_cp.kernels.configs import launches, multiprocessors
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
 if TYPE_CHECKING:
@@ -281,12 +281,6 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
     return None
 
 
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 elsewhere, where only Triton's interpreter can run."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _block(D: int, channels_per_thread: int) -> tuple[int, int]:
     """(channels, warps) of a program: no more warps than D fills."""
     warps = min(MAX_WARPS, triton.next_power_of_2(triton.cdiv(D, 32 * channels_per_thread)))
@@ -302,6 +296,7 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= 0 else x.contiguous()
 
 
+@launches
 def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
     """y [T, D] in x's dtype from x [T, D], weight [D, W], bias [D] or None; see `conv1d.causal_conv1d`."""
     T, D = x.shape
@@ -320,6 +315,7 @@ def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: T
     return y
 
 
+@launches
 def conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, silu: bool, parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels.activations import softplus
+from gdn_cp.kernels.backends import wants_kernels
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -31,7 +32,7 @@ def fused_gdn_gate(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> T
     Source: Gated Delta Networks (arXiv 2412.06464), with Mamba2's parametrisation of the gate.
     """
     check_gate_arguments(g, A_log, dt_bias)
-    if _has_kernel(g):
+    if wants_kernels(g):
         from gdn_cp.kernels.gate_triton import gdn_gate_op
 
         return gdn_gate_op(g, A_log, dt_bias, None, False)
@@ -63,7 +64,7 @@ def fused_gdn_gate_chunk_cumsum(
         raise ValueError(f"g must be [B, T, HV], with B = 1 if cu_seqlens is given, got {list(g.shape)}")
     if cu_seqlens is not None and cu_seqlens.device != g.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but g is on {g.device}: move it to {g.device}")
-    if _has_kernel(g):
+    if wants_kernels(g):
         from gdn_cp.kernels.gate_triton import gdn_gate_op
 
         return gdn_gate_op(g, A_log, dt_bias, cu_seqlens, True)
@@ -72,11 +73,6 @@ def fused_gdn_gate_chunk_cumsum(
         [min(64, end - row) for start, end in pairwise(bounds) for row in range(start, end, 64)], dim=1
     )
     return torch.cat([chunk.cumsum(1) for chunk in chunks], dim=1) if chunks else g.new_zeros(g.shape)
-
-
-def _has_kernel(g: Tensor) -> bool:
-    """Whether the Triton gate serves g: on a GPU, in anything but float64."""
-    return g.is_cuda and g.dtype != torch.float64
 
 
 def gdn_gate_reference(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_cp.kernels.configs import launches
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, dense
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def _grid(g: Tensor, cu_seqlens: Tensor | None, cumsum: bool) -> tuple[Tensor | 
     return tables.chunks, tables.num_chunks, heads
 
 
+@launches
 def gate_forward(g: Tensor, A_log: Tensor, dt_bias: Tensor | None, cu_seqlens: Tensor | None, cumsum: bool) -> Tensor:
     """Gate of g [..., HV] in float32; with `cumsum` g is [B, T, HV] and sums restart at every chunk of a sequence."""
     HV = g.shape[-1]
@@ -177,6 +179,7 @@ def gate_forward(g: Tensor, A_log: Tensor, dt_bias: Tensor | None, cu_seqlens: T
     return out
 
 
+@launches
 def gate_backward(
     dout: Tensor, g: Tensor, A_log: Tensor, dt_bias: Tensor | None, cu_seqlens: Tensor | None, cumsum: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

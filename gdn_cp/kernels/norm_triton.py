@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.activations_triton import sigmoid
-from gdn_cp.kernels.conv1d_triton import multiprocessors
+from gdn_cp.kernels.configs import launches, multiprocessors
 from gdn_cp.kernels.gate_triton import sum_partials
 
 if TYPE_CHECKING:
@@ -134,6 +134,7 @@ def _sizes(H: int, V: int, tile: int) -> dict[str, int]:
     return {"H": H, "V": V, "BV": BV, "BR": tile // BV}
 
 
+@launches
 def norm_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y [..., V], contiguous, in x's dtype; see `norm.gated_rms_norm`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -147,6 +148,7 @@ def norm_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
+@launches
 def norm_backward(dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dz, dweight), each in the dtype of what it is the gradient of; dx and dz are contiguous."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

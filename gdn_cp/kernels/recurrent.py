@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels import chunk, reference
+from gdn_cp.kernels.backends import wants_kernels
 
 
 def fused_recurrent_gated_delta_rule(
@@ -62,7 +63,8 @@ def fused_recurrent_gated_delta_rule(
     Args:
         state_indices: int32 or int64 [N].
         cache_seqlens: int32 or int64 [N], tokens of each request so far.
-        backend: "triton", "reference" (plain torch) or None: Triton on a GPU where it can serve the call, else torch.
+        backend: "triton", "reference" (plain torch) or None: Triton on a GPU where it can serve the call and the
+            environment variable GDN_CP_BACKEND does not ask for plain torch, else torch.
 
     Returns:
         o [B, T, HV, V] in v's dtype; and with `output_final_state` the final state [N, HV, K, V] float32, or the bank
@@ -242,7 +244,7 @@ def _use_triton(q: Tensor, v: Tensor, backend: str | None) -> bool:
     """Whether the Triton kernel runs; raises ValueError if it was asked for by name and cannot."""
     if backend not in (None, "triton", "reference"):
         raise ValueError(f"unknown backend {backend!r}: choose 'triton', 'reference' or None for an automatic choice")
-    if backend == "reference" or (backend is None and not q.is_cuda):
+    if backend == "reference" or (backend is None and not wants_kernels(q)):
         return False
     try:
         from gdn_cp.kernels import recurrent_triton

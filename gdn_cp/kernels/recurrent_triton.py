@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gdn_cp.kernels.configs import launches
 from gdn_cp.kernels.gate_triton import gate_of
 from gdn_cp.kernels.tables import dense
 
@@ -245,6 +246,7 @@ def _state_strides(x: torch.Tensor | None, is_ring: bool) -> tuple[int, int, int
     return (x.stride(0), x.stride(1), x.stride(2)) if is_ring else (x.stride(0), 0, x.stride(1))
 
 
+@launches
 def launch(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor | None, beta: torch.Tensor | None,
     A_log: torch.Tensor | None, dt_bias: torch.Tensor | None, initial: torch.Tensor | None,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.configs import options
+from gdn_cp.kernels.configs import on_device, options
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -204,10 +204,11 @@ def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.dev
     chunks = torch.empty(n_chunks, 4, dtype=torch.int32, device=device)
     pieces = torch.empty(n_pieces, 8, dtype=torch.int32, device=device)
     if n_seq:
-        _tables_kernel[(n_seq,)](
-            dense(cu_seqlens), chunks, pieces, seqlen, n_seq, n_chunks, n_pieces, piece_chunks or 2**30,
-            **options(4, 1, VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024),
-        )  # fmt: skip
+        with on_device(device):
+            _tables_kernel[(n_seq,)](
+                dense(cu_seqlens), chunks, pieces, seqlen, n_seq, n_chunks, n_pieces, piece_chunks or 2**30,
+                **options(4, 1, VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024),
+            )  # fmt: skip
     return ChunkTables(chunks, pieces, n_seq)
 
 

@@ -1,6 +1,7 @@
 """The Triton kernels give the same bits whatever the strides of their arguments are."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ VECTORS: dict[str, Callable[[], Tensor]] = {
 Results = tuple[Tensor, ...]
 
 
-def tokens(B: int, T: int) -> list[Tensor]:
+def tokens(B: int, T: int) -> list[Any]:
     shapes = ((B, T, 1, 16), (B, T, 1, 16), (B, T, 2, 16), (B, T, 2), (B, T, 2))
     return [torch.randn(shape, device=DEVICE) for shape in shapes]
 
@@ -37,7 +38,7 @@ def test_gate_parameters_of_decode(make: Callable[[], Tensor]):
     inputs = tokens(1, 3)
 
     def rule(A_log: Tensor, dt_bias: Tensor) -> Results:
-        options = {"A_log": A_log, "dt_bias": dt_bias, "backend": "triton", **SWITCHES}
+        options: dict[str, Any] = {"A_log": A_log, "dt_bias": dt_bias, "backend": "triton", **SWITCHES}
         return (fused_recurrent_gated_delta_rule(*inputs, **options)[0],)
 
     assert_strides_do_not_matter(rule, make(), make())
@@ -48,8 +49,8 @@ def test_gate_parameters_of_the_rule_and_its_gradients(make: Callable[[], Tensor
     inputs, weights = tokens(1, 70), torch.randn(1, 70, 2, 16, device=DEVICE)
 
     def rule(A_log: Tensor, dt_bias: Tensor) -> Results:
-        leaves = [x.detach().requires_grad_() for x in (*inputs, A_log, dt_bias)]
-        options = {"A_log": leaves[5], "dt_bias": leaves[6], "backend": "triton", **SWITCHES}
+        leaves: list[Any] = [x.detach().requires_grad_() for x in (*inputs, A_log, dt_bias)]
+        options: dict[str, Any] = {"A_log": leaves[5], "dt_bias": leaves[6], "backend": "triton", **SWITCHES}
         o, _ = chunk_gated_delta_rule(*leaves[:5], **options)
         return o, *torch.autograd.grad(o, leaves, weights)
 
@@ -65,8 +66,8 @@ def test_boundaries_of_the_rule(rule: Callable[..., tuple[Tensor, None]]):
 def test_one_token_of_each_sequence_with_any_stride_between_tokens():
     """As in [B, 1, ...] that was [1, B, ...] and is transposed: torch calls such a tensor contiguous."""
 
-    def rule(*given: Tensor) -> Results:
-        leaves = [x.detach().requires_grad_() for x in given[:3]]
+    def rule(*given: Any) -> Results:
+        leaves: list[Any] = [x.detach().requires_grad_() for x in given[:3]]
         o, _ = chunk_gated_delta_rule(*leaves, *given[3:5], backend="triton", use_qk_l2norm_in_kernel=True)
         return o, *torch.autograd.grad(o, leaves, given[5])
 
