@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from gdn_cp.gated_delta_net import GatedDeltaNet, GdnDims, gated_delta_net_mixer
     from gdn_cp.kernels.backends import choose_backend
     from gdn_cp.kernels.chunk import chunk_gated_delta_rule
-    from gdn_cp.kernels.gate import fused_gdn_gate
+    from gdn_cp.kernels.gate import fused_gdn_gate, fused_gdn_gate_chunk_cumsum
     from gdn_cp.kernels.recurrent import fused_recurrent_gated_delta_rule
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ _HOME = {
     "choose_backend": "gdn_cp.kernels.backends",
     "chunk_gated_delta_rule": "gdn_cp.kernels.chunk",
     "fused_gdn_gate": "gdn_cp.kernels.gate",
+    "fused_gdn_gate_chunk_cumsum": "gdn_cp.kernels.gate",
     "fused_recurrent_gated_delta_rule": "gdn_cp.kernels.recurrent",
     "gated_delta_net_mixer": "gdn_cp.gated_delta_net",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "choose_backend",
     "chunk_gated_delta_rule",
     "fused_gdn_gate",
+    "fused_gdn_gate_chunk_cumsum",
     "fused_recurrent_gated_delta_rule",
     "gated_delta_net_mixer",
 ]

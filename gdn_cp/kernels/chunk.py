@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gdn_cp.kernels import reference
 from gdn_cp.kernels.backends import DeltaRuleCall, choose_backend
+from gdn_cp.kernels.bounds import check_cu_seqlens
 from gdn_cp.kernels.gate import check_gate_arguments
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -223,22 +224,12 @@ def _check_gate(
 def _check_sequences(q: Tensor, cu_seqlens: Tensor | None) -> None:
     if cu_seqlens is None:
         return
-    if not isinstance(cu_seqlens, Tensor):
-        raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
-        raise ValueError(
-            f"cu_seqlens must be an int32 or int64 vector of N + 1 >= 2 elements, got {cu_seqlens.dtype} "
-            f"{list(cu_seqlens.shape)}"
-        )
-    _check_device("cu_seqlens", cu_seqlens, q)
     B, T = q.shape[:2]
     if B != 1:
         raise ValueError(
             f"q has batch size {B} but cu_seqlens packs sequences in one row: reshape every input to [1, {B * T}, ...]"
         )
-    if cu_seqlens.device.type != "cpu":
-        return  # reading it would wait for the device
-    reference.read_bounds(cu_seqlens, T)
+    check_cu_seqlens(cu_seqlens, T, q.device, "q")
 
 
 def _check_state(q: Tensor, v: Tensor, state: Tensor | None, v_first: bool, cu_seqlens: Tensor | None) -> None:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from gdn_cp.kernels.activations import silu_backward, silu_forward
 from gdn_cp.kernels.backends import wants_kernels
+from gdn_cp.kernels.bounds import check_cu_seqlens
 
 _ACTIVATIONS = ("silu", "swish", None)
 
@@ -32,7 +33,7 @@ def causal_conv1d(
         weight: [D, W], or [D, 1, W] as torch.nn.Conv1d stores it.
         bias: [D] or None.
         cu_seqlens: int32 or int64 [N + 1] on x's device, the row at which each sequence starts and, last, T; empty
-            sequences are fine. None: one sequence. Its content is not checked, for that would wait for the device.
+            sequences are fine. None: one sequence. Its content is checked when it is on the CPU.
         activation: "silu" (or "swish", the same), or None.
 
     Returns:
@@ -69,16 +70,11 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | 
         raise ValueError(f"weight must have at least one tap, got {list(weight.shape)}")
     if bias is not None and tuple(bias.shape) != (D,):
         raise ValueError(f"bias must be [{D}] as x has {D} channels, got {list(bias.shape)}")
-    if cu_seqlens is not None and (
-        cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64)
-    ):
-        raise ValueError(
-            f"cu_seqlens must be an int32 or int64 vector of N + 1 >= 2 elements, got {cu_seqlens.dtype} "
-            f"{list(cu_seqlens.shape)}"
-        )
-    for name, other in (("weight", weight), ("bias", bias), ("cu_seqlens", cu_seqlens)):
+    for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.device != x.device:
             raise ValueError(f"{name} is on {other.device} but x is on {x.device}: move {name} to {x.device}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, len(x), x.device, "x")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be 'silu', 'swish' or None, got {activation!r}")
 

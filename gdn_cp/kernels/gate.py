@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdn_cp.kernels.activations import softplus
 from gdn_cp.kernels.backends import wants_kernels
+from gdn_cp.kernels.bounds import check_cu_seqlens, read_bounds
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -62,17 +63,16 @@ def fused_gdn_gate_chunk_cumsum(
     check_gate_arguments(g, A_log, dt_bias)
     if g.dim() != 3 or (cu_seqlens is not None and g.shape[0] != 1):
         raise ValueError(f"g must be [B, T, HV], with B = 1 if cu_seqlens is given, got {list(g.shape)}")
-    if cu_seqlens is not None and cu_seqlens.device != g.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device} but g is on {g.device}: move it to {g.device}")
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, g.shape[1], g.device, "g")
     if wants_kernels(g):
         from gdn_cp.kernels.gate_triton import gdn_gate_op
 
         return gdn_gate_op(g, A_log, dt_bias, cu_seqlens, True)
-    bounds = [0, g.shape[1]] if cu_seqlens is None else cu_seqlens.tolist()
-    chunks = gdn_gate_reference(g, A_log, dt_bias).split(
-        [min(64, end - row) for start, end in pairwise(bounds) for row in range(start, end, 64)], dim=1
-    )
-    return torch.cat([chunk.cumsum(1) for chunk in chunks], dim=1) if chunks else g.new_zeros(g.shape)
+    gate = gdn_gate_reference(g, A_log, dt_bias)
+    bounds = (0, g.shape[1]) if cu_seqlens is None else read_bounds(cu_seqlens, g.shape[1])
+    lengths = [min(64, end - row) for start, end in pairwise(bounds) for row in range(start, end, 64)]
+    return torch.cat([chunk.cumsum(1) for chunk in gate.split(lengths, dim=1)], dim=1) if lengths else gate
 
 
 def gdn_gate_reference(g: Tensor, A_log: Tensor, dt_bias: Tensor | None = None) -> Tensor:

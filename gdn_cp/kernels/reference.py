@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels.activations import sigmoid
+from gdn_cp.kernels.bounds import read_bounds
 from gdn_cp.kernels.gate import gdn_gate_reference
 
 # Rows of padding below which a smaller chunk is not worth it: up to here a sequence is cut alike in every batch.
@@ -32,19 +33,6 @@ def l2norm(x: Tensor, eps: float = 1e-6) -> Tensor:
     """
     y = x.to(_compute_dtype(x))
     return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
-
-
-def read_bounds(cu_seqlens: Tensor, T: int) -> tuple[int, ...]:
-    """The bounds of packed sequences on the host; waits for the device. Raises ValueError unless they cut T rows."""
-    bounds = tuple(cu_seqlens.tolist())
-    if bounds[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0, got {bounds[0]}")
-    for n, (start, end) in enumerate(pairwise(bounds)):
-        if end < start:
-            raise ValueError(f"cu_seqlens must not decrease, got {start} then {end} at sequence {n}")
-    if bounds[-1] != T:
-        raise ValueError(f"cu_seqlens must end at the token count {T}, got {bounds[-1]}: no row is dropped or added")
-    return bounds
 
 
 def recurrent_gated_delta_rule_reference(

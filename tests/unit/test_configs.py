@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,8 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(device, entered, mo
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", enter)
     launch = configs.launches(lambda x, y, *, z: (log.copy(), y, z))
-    assert launch(SimpleNamespace(device=torch.device(device)), 1, z=2) == (entered, 1, 2)
+    x: Any = SimpleNamespace(device=torch.device(device))
+    assert launch(x, 1, z=2) == (entered, 1, 2)
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,8 @@ def test_channel_has_the_bits_that_it_has_alone():
         ({"bias": torch.ones(4)}, r"bias must be \[3\]"),
         ({"bias": torch.ones(3, device="meta")}, r"bias is on meta but x is on cpu: move"),
         ({"cu_seqlens": torch.tensor([0.0, 5.0])}, r"cu_seqlens must be an int32 or int64 vector"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, r"cu_seqlens must end at the token count 5, got 4"),
+        ({"cu_seqlens": torch.tensor([1, 5])}, r"cu_seqlens must start at 0, got 1"),
         ({"cu_seqlens": torch.tensor([0])}, r"cu_seqlens must be an int32 or int64 vector of N \+ 1 >= 2"),
         ({"cu_seqlens": torch.empty(2, dtype=torch.int32, device="meta")}, r"cu_seqlens is on meta"),
         ({"activation": "gelu"}, r"activation must be 'silu', 'swish' or None, got 'gelu'"),

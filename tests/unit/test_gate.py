@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gdn_cp import fused_gdn_gate
+from gdn_cp import fused_gdn_gate, fused_gdn_gate_chunk_cumsum
 from gdn_cp.kernels.gate import gdn_gate_reference
 
 
@@ -67,3 +67,34 @@ def test_large_arguments_are_linear_and_small_ones_vanish():
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         fused_gdn_gate(**({"g": torch.ones(2, 3), "A_log": torch.ones(3), "dt_bias": torch.ones(3)} | changes))
+
+
+def test_running_sum_of_no_tokens_is_float32():
+    y = fused_gdn_gate_chunk_cumsum(torch.ones(1, 0, 3, dtype=torch.bfloat16), torch.ones(3))
+    assert (y.dtype, y.shape) == (torch.float32, (1, 0, 3))
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        ([0, 4], "must end at the token count 5, got 4"),
+        ([0, 6, 5], "must not decrease"),
+        ([0.0, 5.0], "int32 or int64"),
+    ],
+)
+def test_running_sum_refuses_boundaries_that_do_not_cut_the_rows(cu_seqlens, message):
+    with pytest.raises(ValueError, match=message):
+        fused_gdn_gate_chunk_cumsum(torch.ones(1, 5, 3), torch.ones(3), cu_seqlens=torch.tensor(cu_seqlens))
+
+
+@pytest.mark.parametrize(("backend", "kernel"), [(None, True), ("triton", True), ("reference", False)])
+def test_backend_variable_decides_which_gate_runs(backend, kernel, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr("gdn_cp.kernels.gate.gdn_gate_reference", lambda *arguments: asked.append("torch"))
+    monkeypatch.setattr("gdn_cp.kernels.gate_triton.gdn_gate_op", lambda *arguments: asked.append("kernel"))
+    monkeypatch.delenv("GDN_CP_BACKEND", raising=False)
+    if backend is not None:
+        monkeypatch.setenv("GDN_CP_BACKEND", backend)
+    fused_gdn_gate(torch.ones(2, 3), torch.ones(3))
+    assert asked == ["kernel" if kernel else "torch"]
