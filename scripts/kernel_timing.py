@@ -6,6 +6,7 @@ implementation finds its inputs there. Without a GPU eager calls are timed with 
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -88,6 +89,7 @@ def measure_memory(forward: Callable[[], Tensor], backward: Callable[[Tensor], o
     """
     if DEVICE.type != "cuda":
         return None
+    gc.collect()  # leftovers of earlier calls in reference cycles would be freed in between, and count as negative
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
