@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,9 @@ from gdn_cp.mixer_checks import (
 from gdn_cp.state_passing import convolve_segments, state_passing_delta_rule
 
 A_INIT_RANGE = (0.01, 16.0)  # as Qwen3-Next; the lower end keeps log(A) finite
+
+RULE = RuleOptions(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True)
+"""The delta rule as this layer takes it: from raw q, k, beta and alpha."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,7 @@ def gated_delta_net_mixer(
     if layout is not None:
         sections = (qkv_widths, dims.num_v_heads, dims.num_v_heads)
         qkv, beta, alpha = cp_to_hp((qkv, beta, alpha), layout, group, sections=sections, a2a_size=a2a_size)
-    o_hp = _mix_sequences(
+    o_hp, _ = mix_sequences(
         qkv,
         beta,
         alpha,
@@ -182,13 +186,34 @@ def gated_delta_net_mixer(
     )
     o_cp = o_hp if layout is None else hp_to_cp(o_hp, layout, group, a2a_size=a2a_size)
 
-    per_head = (dims.num_v_heads, dims.head_v_dim)
-    out = gated_rms_norm(o_cp.unflatten(1, per_head), z_cp.unflatten(1, per_head), out_norm_weight, norm_eps).flatten(1)
+    out = gate_output(o_cp, z_cp, dims, out_norm_weight, norm_eps)
     # z is zero on padded rows, so out is too; the mask keeps a NaN gradient that arrives there from passing.
     return out if padding is None else out.masked_fill(padding[:, None], 0)
 
 
-def _mix_sequences(
+def gate_output(o: Tensor, z: Tensor, dims: GdnDims, weight: Tensor, eps: float) -> Tensor:
+    """The gated norm of every head of o by z, both [rows, HV*V]."""
+    per_head = (dims.num_v_heads, dims.head_v_dim)
+    return gated_rms_norm(o.unflatten(1, per_head), z.unflatten(1, per_head), weight, eps).flatten(1)
+
+
+def split_heads(
+    qkv: Tensor, beta: Tensor, alpha: Tensor, heads: GdnDims, A_log: Tensor, dt_bias: Tensor
+) -> TokenInputs:
+    """What the rule reads of rows after the convolution: qkv [rows, conv_dim], beta and alpha [rows, HV]."""
+    q, k, v = qkv.split(heads.sections[:3], dim=1)
+    return TokenInputs(
+        q=q.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
+        k=k.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
+        v=v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0),
+        g=alpha.unsqueeze(0),
+        beta=beta.unsqueeze(0),
+        A_log=A_log,
+        dt_bias=dt_bias,
+    )
+
+
+def mix_sequences(
     qkv: Tensor,
     beta: Tensor,
     alpha: Tensor,
@@ -201,10 +226,12 @@ def _mix_sequences(
     layout: ThdLayout | None,
     groups: CpGroups | None,
     backend: str | None,
-) -> Tensor:
-    """Convolution and delta rule along sequences for this rank's heads: [rows, ...] -> [rows, HV*V].
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolution and delta rule along sequences for this rank's heads: [rows, ...] -> o [rows, HV*V].
 
-    The rows are whole sequences, or with `groups` the segments of this rank's group, which others continue.
+    The rows are whole sequences, or with `groups` the segments of this rank's group, which others continue. The final
+    states [N, HV, K, V] of whole sequences come second, if asked for.
     """
     cu_seqlens = None if layout is None else layout.cu_seqlens_tensor()
     if groups is None:
@@ -212,28 +239,16 @@ def _mix_sequences(
     else:
         assert layout is not None
         qkv = convolve_segments(qkv, conv1d_weight, conv1d_bias, layout, groups, activation="silu")
-    q, k, v = qkv.split(heads.sections[:3], dim=1)
-    inputs = TokenInputs(
-        q=q.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
-        k=k.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0),
-        v=v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0),
-        g=alpha.unsqueeze(0),
-        beta=beta.unsqueeze(0),
-        A_log=A_log,
-        dt_bias=dt_bias,
-    )
-    options = RuleOptions(
-        use_qk_l2norm_in_kernel=True,
-        use_gate_in_kernel=True,
-        use_beta_sigmoid_in_kernel=True,
-        backend=backend,
-    )
+    inputs = split_heads(qkv, beta, alpha, heads, A_log, dt_bias)
+    options = replace(RULE, backend=backend)
+    final_state = None
     if groups is None:
-        o, _ = run_rule(inputs, options, cu_seqlens)
+        o, final_state = run_rule(inputs, options, cu_seqlens, output_final_state=output_final_state)
     else:
         assert layout is not None
+        assert not output_final_state
         o = state_passing_delta_rule(inputs, options, layout, groups)
-    return o.squeeze(0).flatten(1)
+    return o.squeeze(0).flatten(1), final_state
 
 
 def _of_this_rank(parameter: Tensor, sections: Sequence[int], index: int, size: int) -> Tensor:
@@ -351,6 +366,38 @@ class GatedDeltaNet(nn.Module):
         Raises:
             ValueError: packed rows, or a batch on several ranks, without a layout; and as `gated_delta_net_mixer`.
         """
+        rows, layout = self.packed_rows(hidden_states, layout, group, batch_first)
+        mixed = gated_delta_net_mixer(
+            self.in_proj(rows),
+            **self.mixer_arguments(),
+            layout=layout,
+            group=group,
+            a2a_size=a2a_size,
+            backend=backend,
+        )
+        out = self.out_proj(mixed)
+        if hidden_states.dim() == 2:
+            return out
+        if batch_first:
+            return out.view(hidden_states.shape)
+        return out.view(hidden_states.shape[1], hidden_states.shape[0], -1).transpose(0, 1)
+
+    def mixer_arguments(self) -> dict[str, Any]:
+        """What `gated_delta_net_mixer` and its kin of `gdn_cp.inference` take of this layer."""
+        return {
+            "dims": self.dims,
+            "conv1d_weight": self.conv1d.weight,
+            "conv1d_bias": self.conv1d.bias,
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "out_norm_weight": self.out_norm.weight,
+            "norm_eps": self.norm_eps,
+        }
+
+    def packed_rows(
+        self, hidden_states: Tensor, layout: ThdLayout | None, group: dist.ProcessGroup | None, batch_first: bool = True
+    ) -> tuple[Tensor, ThdLayout]:
+        """Rows [t, hidden] of an input in any of the forms that `forward` takes, and their layout; checked."""
         check_layout_and_group(layout, group)
         check_hidden_states(hidden_states, self.hidden_size, self.in_proj.weight)
         rows = hidden_states
@@ -367,26 +414,7 @@ class GatedDeltaNet(nn.Module):
             raise ValueError(
                 f"hidden_states has {rows.shape[0]} rows but layout.t_local={layout.t_local}: pass this rank's rows"
             )
-        mixed = gated_delta_net_mixer(
-            self.in_proj(rows),
-            dims=self.dims,
-            conv1d_weight=self.conv1d.weight,
-            conv1d_bias=self.conv1d.bias,
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
-            out_norm_weight=self.out_norm.weight,
-            layout=layout,
-            group=group,
-            a2a_size=a2a_size,
-            norm_eps=self.norm_eps,
-            backend=backend,
-        )
-        out = self.out_proj(mixed)
-        if hidden_states.dim() == 2:
-            return out
-        if batch_first:
-            return out.view(hidden_states.shape)
-        return out.view(hidden_states.shape[1], hidden_states.shape[0], -1).transpose(0, 1)
+        return rows, layout
 
     def _layout_of_batch(
         self, by_batch: Tensor, layout: ThdLayout | None, group: dist.ProcessGroup | None
