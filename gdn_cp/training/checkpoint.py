@@ -70,6 +70,7 @@ def find_checkpoint(resume: str, root: Path) -> Path | None:
 
 def _look_for(resume: str, root: Path) -> Path | None:
     if resume == "auto":
+        _take_back(root)
         found = complete_checkpoints(root)
         return found[-1] if found else None
     path = Path(resume)
@@ -79,6 +80,15 @@ def _look_for(resume: str, root: Path) -> Path | None:
     if not found:
         raise ValueError(f"resume={resume!r} holds no complete checkpoint; give a run's folder, or use 'auto'")
     return found[-1]
+
+
+def _take_back(root: Path) -> None:
+    """Put a checkpoint back that was being replaced when the run was killed between the two renames of `_publish`."""
+    for old in root.glob(".step_*.old"):
+        final = old.with_name(old.name[1 : -len(".old")])
+        if read_manifest(old) is not None and read_manifest(final) is None:
+            shutil.rmtree(final, ignore_errors=True)
+            old.rename(final)
 
 
 def save_checkpoint(

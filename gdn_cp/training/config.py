@@ -129,6 +129,10 @@ class RunConfig:
     """A loss or gradient norm that is not finite: save the batch and stop, or leave the step out."""
     timeout_minutes: float = 10.0
     """A collective that waits longer than this ends the job."""
+    watchdog_seconds: float = 600.0
+    """A rank that stays longer than this in one phase of a step says where it stands, and ends the job; 0: never."""
+    check_ranks: bool = False
+    """Compare every pack among the ranks that share it, before the model sees it."""
     progress: bool = True
     """Show a progress bar where there is a terminal."""
 
@@ -178,6 +182,10 @@ def check_config(config: TrainConfig, world_size: int) -> int:
     _require(run.steps >= 1, f"steps={run.steps} must be at least 1")
     _require(run.keep_checkpoints >= 1, f"keep_checkpoints={run.keep_checkpoints} must be at least 1")
     _require(run.timeout_minutes > 0, f"timeout_minutes={run.timeout_minutes} must be positive")
+    _require(
+        0 <= run.watchdog_seconds < math.inf,
+        f"watchdog_seconds={run.watchdog_seconds} must be a number of seconds, or 0 for no watchdog",
+    )
     return dp
 
 

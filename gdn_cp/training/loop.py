@@ -18,6 +18,7 @@ from gdn_cp.training.config import TrainConfig, check_config
 from gdn_cp.training.corpus import read_documents
 from gdn_cp.training.data import Corpus, PackStream, StepPlan
 from gdn_cp.training.engine import Engine, MegatronEngine, TorchEngine
+from gdn_cp.training.faults import Progress, Watchdog, located
 from gdn_cp.training.flops import peak_tflops, training_flops
 from gdn_cp.training.metrics import METRICS_FILE, RunLog, StepMetrics, peak_memory_gib, read_steps
 from gdn_cp.training.model import build_model, compute_dtype
@@ -95,6 +96,7 @@ class _Run:
             else MegatronEngine(self.module, config.optim, ranks, transformer)
         )
         self.step = 0
+        self.progress = Progress(ranks.rank)
         if resumed is not None:
             self._load(resumed)
 
@@ -126,6 +128,7 @@ class _Run:
 
     def save(self) -> Path:
         """Write a checkpoint of the present state."""
+        self.progress.enter("checkpoint")
         shared, own = self.engine.state()
         return checkpoint.save_checkpoint(
             self.checkpoints,
@@ -138,7 +141,11 @@ class _Run:
         )
 
     def train(self) -> Summary:
-        """Step to the end."""
+        """Step to the end, watched."""
+        with Watchdog(self.progress, self.config.run.watchdog_seconds), located(self.progress, self.ranks.device):
+            return self._train()
+
+    def _train(self) -> Summary:
         run = self.config.run
         unit = "GPU" if self.ranks.device.type == "cuda" else "rank"
         with RunLog(
@@ -153,8 +160,9 @@ class _Run:
             while self.step < run.steps:
                 began = time.perf_counter()
                 lr = self.config.optim.lr_at(self.step + 1, run.steps)
+                self.progress.enter("data", self.step + 1)
                 plan = self.stream.next_step(self.config.data.packs_per_step)
-                result = run_step(self.engine, self.stream, plan, self.ranks, lr)
+                result = run_step(self.engine, self.stream, plan, self.ranks, lr, self.progress, run.check_ranks)
                 self.step += 1
                 if not result.finite:
                     self._handle_nonfinite(log, plan, result)
@@ -163,6 +171,7 @@ class _Run:
                     log.say(f"checkpoint: {self.save()}")
             if run.checkpoint_every >= 0:
                 log.say(f"checkpoint: {self.save()}")
+            self.progress.enter("finish")
             return self._finish(log)
 
     def _announce(self, log: RunLog, unit: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from gdn_cp.training.config import ParallelConfig
 
@@ -31,6 +32,8 @@ class Ranks:
     tp_group: dist.ProcessGroup
     cp_group: dist.ProcessGroup
     dp_cp_group: dist.ProcessGroup
+    tp_cp_group: dist.ProcessGroup
+    """The ranks that share one pack."""
 
     @property
     def holds_shared_state(self) -> bool:
@@ -74,7 +77,12 @@ def distributed(device: torch.device, timeout_minutes: float) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1":
+            # torchrun keeps one store over its restarts; without a prefix, ranks would find the dead ones' addresses.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = dist.PrefixStore(f"attempt_{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         alone = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]  (documented, but not in __all__)
         dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
@@ -111,5 +119,6 @@ def model_parallel(parallel: ParallelConfig, device: torch.device, timeout_minut
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         cp_group=parallel_state.get_context_parallel_group(),
         dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        tp_cp_group=parallel_state.get_tensor_and_context_parallel_group(),
     )
     parallel_state.destroy_model_parallel()

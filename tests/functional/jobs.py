@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 _SMALL = "layers=2 attention-every=2 hidden=32 ffn=48 attention-groups=2 attention-head-dim=16 gdn-head-dim=8"
-SMALL = [f"--{choice}" for choice in f"{_SMALL} token-budget=256 packs-per-step=1 warmup-steps=2".split()]
+SMALL = [f"--{choice}" for choice in f"{_SMALL} token-budget=256 packs-per-step=1 warmup-steps=2 check-ranks".split()]
 
 
 def write_text(folder: Path) -> Path:
@@ -23,9 +24,11 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def start(ranks: int, *arguments: str, script: Path = ROOT / "scripts" / "train_proxy.py") -> subprocess.Popen[str]:
-    """A torchrun job of `ranks` ranks, output captured."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+def start(
+    ranks: int, *arguments: str, script: Path = ROOT / "scripts" / "train_proxy.py", launcher: Sequence[str] = ()
+) -> subprocess.Popen[str]:
+    """A torchrun job of `ranks` ranks, output captured; `launcher`: further flags of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *launcher]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
