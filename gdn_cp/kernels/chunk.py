@@ -43,7 +43,7 @@ def chunk_gated_delta_rule(
 
         S_t = e^{g_t} S_{t-1} + beta_t k_t (v_t - e^{g_t} S_{t-1}^T k_t)^T        o_t = scale * S_t^T q_t
 
-    Value head j reads query/key head j // (HV / H). Differentiable in every floating-point tensor argument.
+    Value head j reads query/key head j // (HV / H). Differentiable once in every floating-point tensor argument.
 
     Args:
         q: [B, T, H, K] queries, bfloat16, float16, float32 or float64. float64 is computed in float64 throughout,
