@@ -64,16 +64,29 @@ def _zigzag_position_embedding(pos_emb: Tensor, seq_dim: int, cp_group: dist.Pro
     return torch.cat((chunks[cp_group.rank()], chunks[-1 - cp_group.rank()]), dim=seq_dim)
 
 
+class _TorchOfSchedules:
+    """torch as Megatron's pipeline schedules see it: their counter of tokens, asked for on "cuda", is on the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def zeros(self, *size: Any, device: Any = None, **settings: Any) -> Tensor:
+        """torch.zeros on the CPU."""
+        return torch.zeros(*size, device="cpu", **settings)
+
+
 def install_cpu_shim() -> bool:
     """Patch torch.cuda and megatron-core for a machine without CUDA; return whether it was done.
 
     Patched: `torch.cuda.current_device` (the CPU) and `torch.cuda.synchronize` (nothing to wait for); Megatron's
     tracker of random states and the state that activation recomputation saves; the slice of rotary embeddings of
-    unpacked sequences. Where CUDA is present nothing is touched and the result is False. A second call is harmless.
+    unpacked sequences; the counter of tokens of the pipeline schedules. Where CUDA is present nothing is touched and
+    the result is False. A second call is harmless.
     """
     if torch.cuda.is_available():
         return False
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
+    from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
 
     cpu = torch.device("cpu")
@@ -84,6 +97,7 @@ def install_cpu_shim() -> bool:
         (random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)),
         (rope_utils, "get_pos_emb_on_this_cp_rank", _zigzag_position_embedding),
         (rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", _zigzag_position_embedding),
+        (schedules, "torch", _TorchOfSchedules()),
     ]
     for module, name, replacement in patches:
         setattr(module, name, replacement)
