@@ -1,6 +1,6 @@
 """Sums of gradients over ranks, for training a Megatron model without Megatron's own DistributedDataParallel.
 
-Megatron's DDP with `finalize_model_grads` does the same on GPUs and needs nothing from here. On a CPU it cannot run.
+Megatron's DDP with `finalize_model_grads` does the same and needs nothing from here (on a CPU, with `install_cpu_shim`).
 """
 
 from __future__ import annotations
