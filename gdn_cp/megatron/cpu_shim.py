@@ -79,9 +79,9 @@ def install_cpu_shim() -> bool:
     """Patch torch.cuda and megatron-core for a machine without CUDA; return whether it was done.
 
     Patched: `torch.cuda.current_device` (the CPU), `torch.cuda.synchronize` and `torch.cuda.current_stream` (nothing to
-    wait for); Megatron's tracker of random states and the state that activation recomputation saves; the slice of rotary embeddings of
-    unpacked sequences; the counter of tokens of the pipeline schedules. Where CUDA is present nothing is touched and
-    the result is False. A second call is harmless.
+    wait for); Megatron's tracker of random states and the state that activation recomputation saves; the slice of
+    rotary embeddings of unpacked sequences; the counter of tokens of the pipeline schedules. Where CUDA is present
+    nothing is touched and the result is False. A second call is harmless.
     """
     if torch.cuda.is_available():
         return False

@@ -1,6 +1,6 @@
 """Sums of gradients over ranks, for training a Megatron model without Megatron's own DistributedDataParallel.
 
-Megatron's DDP with `finalize_model_grads` does the same and needs nothing from here (on a CPU, with `install_cpu_shim`).
+Megatron's DDP with `finalize_model_grads` does the same and needs nothing from here (on a CPU: with the shim).
 """
 
 from __future__ import annotations
