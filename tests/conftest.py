@@ -29,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         preload_megatron()
     available = torch.cuda.device_count()
     for item in items:
-        needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
+        several = item.get_closest_marker("multi_gpu")
+        needed = (several.args or (2,))[0] if several else 1 if item.get_closest_marker("gpu") else 0
         if needed > available:
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} NVIDIA GPU(s), this machine has {available}"))
 

@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gdn_cp.comm.choice import prepare_cp_groups
 from gdn_cp.gated_delta_net import GdnDims
@@ -20,6 +20,10 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def leave(weight: Tensor) -> None:
+    """Initialise nothing."""
 
 
 def megatron_config(config: TrainConfig, ranks: Ranks) -> Any:
@@ -51,7 +55,9 @@ def megatron_config(config: TrainConfig, ranks: Ranks) -> Any:
         add_qkv_bias=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_std,
+        init_method=leave,  # `initialize` draws every weight
+        output_layer_init_method=leave,
+        embedding_init_method=leave,
         tensor_model_parallel_size=ranks.tp_size,
         context_parallel_size=ranks.cp_size,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -59,7 +65,7 @@ def megatron_config(config: TrainConfig, ranks: Ranks) -> Any:
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,  # gradients are added over ranks, not averaged
-        use_cpu_initialization=True,  # works everywhere; `initialize` draws every weight again
+        use_cpu_initialization=True,  # works everywhere
     )
 
 
