@@ -1,0 +1,205 @@
+"""The two layers that bench_layer.py compares: this package's and megatron-core's own, with the same weights.
+
+Dimensions: t local rows, T rows of the batch, h hidden size, H query/key heads, HV value heads, P ranks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import multiprocessing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kernel_cases import Contender, load_fla
+from kernel_timing import compile_share_only
+from torch import Tensor, nn
+
+from gdn_cp.comm.layout import ThdLayout
+
+OURS, THEIRS = "gdn_cp", "megatron"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a layer; the defaults are Qwen3-Next's."""
+
+    hidden: int = 2048
+    """Hidden size."""
+    key_heads: int = 16
+    """Query/key heads."""
+    value_heads: int = 32
+    """Value heads."""
+    head_dim: int = 128
+    """Width of every head."""
+    conv: int = 4
+    """Width of the convolution."""
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A layer and the description of the batch that it takes: `run(x)` gives the layer's output."""
+
+    layer: nn.Module
+    packed_seq_params: Any
+
+    def run(self, x: Tensor) -> Tensor:
+        """[t, 1, h] to [t, 1, h]."""
+        return self.layer(x, None, packed_seq_params=self.packed_seq_params)[0]
+
+    def leaves(self, x: Tensor) -> list[Tensor]:
+        """What gradients are taken of: the input and every parameter."""
+        return [x, *self.layer.parameters()]
+
+
+def layer_config(widths: Widths, cp_size: int, device: torch.device) -> Any:
+    """Megatron's TransformerConfig, the same for both layers."""
+    from megatron.core.transformer import TransformerConfig
+
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    return TransformerConfig(
+        num_layers=1,
+        hidden_size=widths.hidden,
+        num_attention_heads=widths.key_heads,
+        linear_conv_kernel_dim=widths.conv,
+        linear_key_head_dim=widths.head_dim,
+        linear_value_head_dim=widths.head_dim,
+        linear_num_key_heads=widths.key_heads,
+        linear_num_value_heads=widths.value_heads,
+        linear_attention_freq=4,
+        normalization="RMSNorm",
+        layernorm_epsilon=1e-6,
+        activation_func=nn.functional.silu,
+        add_bias_linear=False,
+        context_parallel_size=cp_size,
+        params_dtype=dtype,
+        bf16=on_gpu,
+        use_cpu_initialization=not on_gpu,
+    )
+
+
+def start_megatron(cp_size: int, device: torch.device) -> None:
+    """One context-parallel group of all ranks, and Megatron's random states."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    from gdn_cp.megatron import install_cpu_shim
+
+    if device.type != "cuda":
+        install_cpu_shim()
+    parallel_state.initialize_model_parallel(context_parallel_size=cp_size)
+    model_parallel_cuda_manual_seed(1)
+
+
+def build_ours(config: Any, device: torch.device) -> nn.Module:
+    """This package's layer."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from gdn_cp.megatron import GatedDeltaNet, GatedDeltaNetSubmodules, RMSNorm
+
+    parts = GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear)
+    return GatedDeltaNet(config, parts, layer_number=1).to(device)
+
+
+def build_theirs(config: Any, device: torch.device) -> tuple[nn.Module | None, str]:
+    """Megatron's own layer on plain Megatron modules and flash-linear-attention, with a note on how it runs.
+
+    None, and the reason, where the installed packages have no such layer.
+    """
+    fla = load_fla()
+    if isinstance(fla, str):
+        return None, fla
+    try:
+        from megatron.core.ssm.gated_delta_net import common, gdn  # type: ignore[import-not-found]
+    except ImportError:
+        version = importlib.metadata.version("megatron-core")
+        return None, f"megatron-core {version} has no GatedDeltaNet with context parallelism; 0.19.2 has"
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    parts = common.GatedDeltaNetSubmodules(
+        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
+    )
+    groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+    layer = gdn.GatedDeltaNet(config, parts, layer_number=1, pg_collection=groups)
+    return layer.to(device, config.params_dtype), fla.note
+
+
+@torch.no_grad()
+def share_weights(source: nn.Module, target: nn.Module) -> None:
+    """Copy every parameter by name; A_log and dt_bias keep the target's dtype."""
+    values = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        parameter.copy_(values[name])
+
+
+def describe_to_ours(layout: ThdLayout, a2a_size: int) -> Any:
+    """The batch as this package's layer takes it."""
+    from gdn_cp.megatron import packed_seq_params_from_layout
+
+    return packed_seq_params_from_layout(layout, a2a_size=a2a_size)
+
+
+def describe_to_theirs(layout: ThdLayout) -> Any:
+    """The batch as Megatron's layer takes it."""
+    from megatron.core.packed_seq_params import PackedSeqParams
+
+    bounds = layout.cu_seqlens_tensor()
+    longest = max(layout.seqlens)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        cu_seqlens_q_padded=bounds,
+        cu_seqlens_kv_padded=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def compile_theirs_ahead(widths: Widths, cp_size: int, shares: int) -> None:
+    """Compile the configurations that flash-linear-attention's autotuners try, in `shares` processes at once."""
+    with multiprocessing.get_context("spawn").Pool(shares) as pool:
+        pool.starmap(_compile_share, [(widths, cp_size, share, shares) for share in range(shares)], chunksize=1)
+
+
+def _compile_share(widths: Widths, cp_size: int, share: int, shares: int) -> None:
+    """Run what the layer calls, on a rank's heads and few tokens; a failure is met again, and told, by the layer."""
+    torch.cuda.set_device(share % torch.cuda.device_count())
+    compile_share_only(share, shares)
+    fla = load_fla()
+    if not isinstance(fla, Contender):
+        return
+    from fla.modules.convolution import causal_conv1d  # pyright: ignore[reportMissingImports]
+    from fla.modules.l2norm import l2norm  # pyright: ignore[reportMissingImports]
+
+    heads, width = widths.value_heads // cp_size, widths.head_dim
+    channels = (2 * widths.key_heads + widths.value_heads) // cp_size * width
+    bounds = torch.tensor([0, 1024, 4096], dtype=torch.int32, device="cuda")
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.rand(*shape, dtype=torch.bfloat16, device="cuda").requires_grad_()
+
+    try:
+        qkv, _ = causal_conv1d(
+            x=leaf(1, 4096, channels),
+            weight=leaf(channels, widths.conv),
+            bias=None,
+            activation="silu",
+            initial_state=None,
+            output_final_state=False,
+            cu_seqlens=bounds,
+        )
+        qkv.sum().backward()
+        l2norm(leaf(1, 4096, 2 * widths.key_heads // cp_size, width)).sum().backward()
+        o, _ = fla.call(
+            *(leaf(1, 4096, heads, width) for _ in range(3)),
+            g=torch.zeros(1, 4096, heads, device="cuda", requires_grad=True),
+            beta=leaf(1, 4096, heads),
+            cu_seqlens=bounds,
+        )
+        o.sum().backward()
+    except Exception as error:
+        print(f"while compiling ahead: {type(error).__name__}: {str(error)[:200]}", flush=True)
