@@ -40,7 +40,7 @@ class MixerColumns:
     `qk` is the width of q (and of k), `v` that of v (and of z), `heads` that of beta (and of alpha), all over the
     `ranks` of the exchange, which divide each of them.
 
-        projection   q | k | v | z | beta | alpha                     share   q/P | k/P | v/P | beta/P | alpha/P | unused
+        projection   q | k | v | z | beta | alpha           share   q/P | k/P | v/P | beta/P | alpha/P | unused
 
     >>> columns = MixerColumns(qk=64, v=128, heads=4, ranks=2)
     >>> columns.conv, columns.width, columns.share_conv, columns.share_width
