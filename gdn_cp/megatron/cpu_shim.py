@@ -79,9 +79,9 @@ def install_cpu_shim() -> bool:
     """Patch torch.cuda and megatron-core for a machine without CUDA; return whether it was done.
 
     Patched: `torch.cuda.current_device` (the CPU), `torch.cuda.synchronize` and `torch.cuda.current_stream` (nothing to
-    wait for); Megatron's tracker of random states and the state that activation recomputation saves; the slice of
-    rotary embeddings of unpacked sequences; the counter of tokens of the pipeline schedules. Where CUDA is present
-    nothing is touched and the result is False. A second call is harmless.
+    wait for), `torch.Tensor.cuda` (the tensor itself); Megatron's tracker of random states and the state that
+    activation recomputation saves; the slice of rotary embeddings of unpacked sequences; the counter of tokens of the
+    pipeline schedules. Where CUDA is present nothing is touched and the result is False. A second call is harmless.
     """
     if torch.cuda.is_available():
         return False
@@ -93,6 +93,7 @@ def install_cpu_shim() -> bool:
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: cpu),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),  # of tied embeddings on the last pipeline stage
         (torch.cuda, "current_stream", lambda device=None: None),  # 0.19.2's gradient buffers ask for it
         (random, "_get_cuda_rng_state", lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()),
         (random, "_set_cuda_rng_state", lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)),

@@ -97,8 +97,9 @@ def get_hybrid_block_spec(
         pp_rank: pipeline rank; None: this process's.
 
     Raises:
-        ValueError: for a list of another length than `num_layers`.
+        ValueError: for a list of another length than `num_layers`, and for interleaved pipelines that would hang.
     """
+    _check_pipeline(config)
     if config.normalization != "RMSNorm":
         raise ValueError(f"config.normalization={config.normalization!r}: set 'RMSNorm'")
     pattern = linear_attention_pattern(config)
@@ -116,6 +117,23 @@ def get_hybrid_block_spec(
     ]
     final_norm: Any = RMSNorm
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _check_pipeline(config: TransformerConfig) -> None:
+    """Refuse what mixes up messages in Megatron's interleaved schedule of two stages.
+
+    Each stage is the one before and the one after the other. Megatron posts a batch of messages in the same order on
+    both, so that what one sends backward the other takes for what was sent forward. Shapes always travel in a batch.
+    """
+    if config.virtual_pipeline_model_parallel_size is None or config.pipeline_model_parallel_size != 2:
+        return
+    if config.variable_seq_lengths or not config.overlap_p2p_comm or config.batch_p2p_comm:
+        raise ValueError(
+            f"config.variable_seq_lengths={config.variable_seq_lengths}, overlap_p2p_comm={config.overlap_p2p_comm}, "
+            f"batch_p2p_comm={config.batch_p2p_comm}: Megatron's interleaved schedule mixes up the messages of two "
+            "stages; set False, True, False and give each pack the same number of rows, or use more stages or "
+            "virtual_pipeline_model_parallel_size=None"
+        )
 
 
 def linear_attention_pattern(config: TransformerConfig) -> list[int]:

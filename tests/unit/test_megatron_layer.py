@@ -33,6 +33,8 @@ def single_rank():
         for module, name in (
             (torch.cuda, "current_device"),
             (torch.cuda, "synchronize"),
+            (torch.cuda, "current_stream"),
+            (torch.Tensor, "cuda"),
             (random, "_get_cuda_rng_state"),
             (random, "_set_cuda_rng_state"),
             (random, "_CUDA_RNG_STATE_TRACKER"),
@@ -365,6 +367,19 @@ def test_layer_patterns():
         linear_attention_pattern(config_of(linear_attention_freq=[0, 1, 1]))
     with pytest.raises(ValueError, match="set 'RMSNorm'"):
         get_hybrid_block_spec(config_of(normalization="LayerNorm"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{}, {"variable_seq_lengths": True, "overlap_p2p_comm": True}, {"batch_p2p_comm": True}], ids=str
+)
+def test_interleaved_pipelines_of_two_stages_that_would_hang_are_refused(wrong):
+    from gdn_cp.megatron.specs import get_hybrid_block_spec
+
+    pipeline = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    right = {"overlap_p2p_comm": bool(wrong), "batch_p2p_comm": False}
+    with pytest.raises(ValueError, match="mixes up the messages of two stages"):
+        get_hybrid_block_spec(config_of(**pipeline, **{**right, **wrong}))
+    get_hybrid_block_spec(config_of(**pipeline, overlap_p2p_comm=True, batch_p2p_comm=False), vp_stage=0, pp_rank=0)
 
 
 def test_rng_tracker_of_the_cpu_forks_and_returns():

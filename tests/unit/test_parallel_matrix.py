@@ -24,7 +24,7 @@ pytest.importorskip("megatron.core")
 
 WORLD = 8
 TOLERANCE = 1e-5  # float32: sums in another order differ by their rounding, which terms that cancel amplify
-PARAMETERS = 41  # of the uncut model; 40 where embedding and output layer are tied
+PARAMETERS = {4: 41, 8: 79}  # of the uncut model, by layers; one less where embedding and output layer are tied
 
 VARIED = ([13, 0, 19, 1], [40], [9, 9, 9], [2, 31], [17, 3, 3], [8, 24], [5], [21, 12, 7])
 # Micro-batches of equal token counts, for pipelines that are not told to send shapes along.
@@ -36,13 +36,16 @@ EQUAL_TOKENS = 32
 class Case:
     """One cut of the model, and how it is run.
 
-    `packs`: how many. `equal_counts`: of tokens in each. `cp_sizes`: context-parallel size of each micro-batch; empty:
-    `cp` for all of them. `megatron_groups`: take their groups from Megatron. `runs`: of the same step.
+    `layers`: of the model. `vp`: pieces of the model on each pipeline stage (interleaved). `packs`: how many.
+    `equal_counts`: of tokens in each. `cp_sizes`: context-parallel size of each micro-batch; empty: `cp` for all of
+    them. `megatron_groups`: take their groups from Megatron. `runs`: of the same step.
     """
 
     tp: int = 1
     cp: int = 1
     pp: int = 1
+    vp: int = 1
+    layers: int = 4
     sp: bool = False
     packs: int = 4
     equal_counts: bool = False
@@ -63,8 +66,7 @@ def _products() -> dict[str, Case]:
         if dp == 0:
             continue
         packs = 8 if dp > 2 else 4
-        if tp == 1 or pp == 1:
-            cases[f"tp{tp}_cp{cp}_pp{pp}_dp{dp}"] = Case(tp, cp, pp, packs=packs)
+        cases[f"tp{tp}_cp{cp}_pp{pp}_dp{dp}"] = Case(tp, cp, pp, packs=packs)
         if tp > 1:
             cases[f"tp{tp}_sp_cp{cp}_pp{pp}_dp{dp}"] = Case(tp, cp, pp, sp=True, packs=packs)
     return cases
@@ -74,11 +76,18 @@ ALL_CUTS = Case(tp=2, cp=2, pp=2, sp=True)
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 1}
 # Megatron's recompute of "layernorm" asks Transformer Engine for its FP8 state, also where there is none.
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp"]}
+# Of two stages each is before and after the other: what passes both ways at once must not be one batch of messages,
+# and messages of shapes always are.
+BOTH_WAYS = {"variable_seq_lengths": False, "overlap_p2p_comm": True, "batch_p2p_comm": False}
 CASES: dict[str, Case] = {
     **_products(),
     "all_cuts_equal_token_counts": replace(ALL_CUTS, equal_counts=True, config={"variable_seq_lengths": False}),
     "all_cuts_plain_params": replace(ALL_CUTS, plain_params=True),
     "tp2_sp_cp2_tied_embeddings": replace(ALL_CUTS, pp=1, tied=True),
+    "all_cuts_tied_embeddings": replace(ALL_CUTS, tied=True),
+    "all_cuts_interleaved": replace(ALL_CUTS, vp=2, equal_counts=True, config=BOTH_WAYS),
+    "cp2_pp2_interleaved_tied_embeddings": Case(cp=2, pp=2, vp=2, tied=True, equal_counts=True, config=BOTH_WAYS),
+    "cp2_pp4_interleaved": Case(cp=2, pp=4, vp=2, layers=8, config={**BOTH_WAYS, "variable_seq_lengths": True}),
     "all_cuts_contiguous_outputs_freed": replace(
         ALL_CUTS, kind="contiguous", config={"deallocate_pipeline_outputs": True}
     ),
@@ -108,8 +117,8 @@ def destroy_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def build_model(case: Case) -> Any:
-    """This rank's stage of a GPTModel of GDN, GDN, GDN, attention, over fresh groups."""
+def build_model(case: Case) -> list[Any]:
+    """This rank's pieces of a GPTModel, over fresh groups: three layers of GDN, one of attention, and so on."""
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -123,6 +132,7 @@ def build_model(case: Case) -> Any:
         tensor_model_parallel_size=case.tp,
         context_parallel_size=case.cp,
         pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vp if case.vp > 1 else None,
         hybrid_context_parallel=case.megatron_groups,
         create_gloo_process_groups=False,
     )
@@ -130,7 +140,7 @@ def build_model(case: Case) -> Any:
     torch.manual_seed(0)
     settings = {"variable_seq_lengths": case.pp > 1, **case.config}
     config = TransformerConfig(
-        num_layers=4,
+        num_layers=case.layers,
         hidden_size=HIDDEN,
         num_attention_heads=8,
         num_query_groups=2,
@@ -139,6 +149,7 @@ def build_model(case: Case) -> Any:
         tensor_model_parallel_size=case.tp,
         context_parallel_size=case.cp,
         pipeline_model_parallel_size=case.pp,
+        virtual_pipeline_model_parallel_size=case.vp if case.vp > 1 else None,
         pipeline_dtype=torch.float32,
         sequence_parallel=case.sp,
         calculate_per_token_loss=True,
@@ -160,17 +171,24 @@ def build_model(case: Case) -> Any:
         linear_value_head_dim=8,
         **settings,
     )
-    return GPTModel(
-        config,
-        get_hybrid_block_spec(config),
-        vocab_size=VOCAB,
-        max_sequence_length=256,
-        position_embedding_type="rope",
-        rotary_percent=0.5,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=case.tied,
-    )
+    pieces = []
+    for piece in range(case.vp):
+        place: dict[str, Any] = {"vp_stage": piece} if case.vp > 1 else {}
+        at = {"ignore_virtual": False, **place}
+        model = GPTModel(
+            config,
+            get_hybrid_block_spec(config, **place),
+            vocab_size=VOCAB,
+            max_sequence_length=256,
+            position_embedding_type="rope",
+            rotary_percent=0.5,
+            pre_process=parallel_state.is_pipeline_first_stage(**at),
+            post_process=parallel_state.is_pipeline_last_stage(**at),
+            share_embeddings_and_output_weights=case.tied,
+            **place,
+        )
+        pieces.append(model)
+    return pieces
 
 
 def packs_of(case: Case) -> list[list[int]]:
@@ -263,8 +281,10 @@ def plan_of(case: Case) -> list[dict[str, Any]]:
     return plan
 
 
-def whole_name(model: Any, name: str) -> str:
-    """A parameter's name in the uncut model: a pipeline stage counts its layers from 0."""
+def whole_name(model: Any, name: str, case: Case) -> str:
+    """A parameter's name in the uncut model: a pipeline stage counts its layers from 0, and may hold a tied copy."""
+    if case.tied and name == "output_layer.weight":
+        return "embedding.word_embeddings.weight"
     if not name.startswith("decoder.layers."):
         return name
     local, rest = name.removeprefix("decoder.layers.").split(".", 1)
@@ -276,7 +296,7 @@ def reference_of(case: Case, rank: int) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    model = build_model(case)
+    (model,) = build_model(case)
     box: list[Any] = [None]
     if rank == 0:
         batches = [batch_of(case, pack, parallel_state.get_context_parallel_group()) for pack in range(case.packs)]
@@ -303,41 +323,42 @@ def run_case(case: Case, reference: dict[str, Any]) -> dict[str, Any]:
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    model = build_model(case)
+    pieces = build_model(case)
     tp_rank = parallel_state.get_tensor_model_parallel_rank()
+    parameters = [(whole_name(piece, name, case), p) for piece in pieces for name, p in piece.named_parameters()]
 
     def share(key: str, name: str) -> Tensor:
-        whole = whole_name(model, name)
-        return share_of_tp_rank(whole, reference[key][whole], tp_rank, case.tp)
+        return share_of_tp_rank(name, reference[key][name], tp_rank, case.tp)
 
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in parameters:
             parameter.copy_(share("values", name))
-    config = model.config
+    config = pieces[0].config
     config.finalize_model_grads_func = finalize_model_grads
-    wrapped = DistributedDataParallel(config, DistributedDataParallelConfig(), model)
+    wrapped = [DistributedDataParallel(config, DistributedDataParallelConfig(), piece) for piece in pieces]
     plan = plan_of(case)
     outcomes = []
     for _ in range(case.runs):
-        wrapped.zero_grad_buffer()
+        for piece in wrapped:
+            piece.zero_grad_buffer()
         losses = get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(plan),
-            model=[wrapped],
+            data_iterator=[iter(plan) for _ in pieces] if case.vp > 1 else iter(plan),
+            model=wrapped,
             num_microbatches=len(plan),
             seq_length=EQUAL_TOKENS,
             micro_batch_size=1,
         )
         loss = torch.stack([*losses, torch.zeros(())]).sum()
-        outcomes.append([loss, *(parameter.main_grad.clone() for parameter in model.parameters())])
+        outcomes.append([loss, *(parameter.main_grad.clone() for _, parameter in parameters)])
     loss = outcomes[0][0].clone()
     dist.all_reduce(loss)
     count = sum(max(length - 1, 0) for lengths in packs_of(case) for length in lengths)
     return {
         "loss": abs(float(loss) / case.tp / count / reference["loss"] - 1),
         "gradients": {
-            name: float((parameter.main_grad - share("gradients", local)).norm() / reference["gradients"][name].norm())
-            for name, local, parameter in ((whole_name(model, n), n, p) for n, p in model.named_parameters())
+            name: float((parameter.main_grad - share("gradients", name)).norm() / reference["gradients"][name].norm())
+            for name, parameter in parameters
         },
         "same_bits": all(torch.equal(a, b) for again in outcomes[1:] for a, b in zip(outcomes[0], again, strict=True)),
         "micro_batches": len(plan),
@@ -348,7 +369,7 @@ def _every_case(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
     references: dict[Case, dict[str, Any]] = {}
     results = {}
     for name, case in CASES.items():
-        uncut = Case(packs=case.packs, equal_counts=case.equal_counts, tied=case.tied)
+        uncut = Case(packs=case.packs, layers=case.layers, equal_counts=case.equal_counts, tied=case.tied)
         if uncut not in references:
             references[uncut] = reference_of(uncut, rank)
         results[name] = run_case(case, references[uncut])
@@ -359,7 +380,7 @@ def _every_case(rank: int, world_size: int) -> dict[str, dict[str, Any]]:
 def every_case() -> list[dict[str, dict[str, Any]]]:
     from tests.ranks import run_ranks
 
-    return run_ranks(_every_case, WORLD, timeout=150)
+    return run_ranks(_every_case, WORLD, timeout=280)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -372,7 +393,7 @@ def test_gradients_are_those_of_one_process(every_case, name):
         too_far = {key: error for key, error in result["gradients"].items() if not error < TOLERANCE}
         assert not too_far, f"rank {rank}"
         seen |= result["gradients"].keys()
-    assert len(seen) == PARAMETERS - case.tied
+    assert len(seen) == PARAMETERS[case.layers] - case.tied
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.pp > 1])
