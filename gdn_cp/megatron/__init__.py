@@ -4,6 +4,7 @@ from gdn_cp.megatron.core_attention import CoreAttention
 from gdn_cp.megatron.cpu_shim import install_cpu_shim
 from gdn_cp.megatron.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
 from gdn_cp.megatron.gradients import reduce_gradients
+from gdn_cp.megatron.inference import GdnInferenceContext
 from gdn_cp.megatron.norm import RMSNorm
 from gdn_cp.megatron.packed import GdnPackedSeqParams, packed_seq_params_from_layout
 from gdn_cp.megatron.rotary import PackedSelfAttention
@@ -13,6 +14,7 @@ __all__ = [
     "CoreAttention",
     "GatedDeltaNet",
     "GatedDeltaNetSubmodules",
+    "GdnInferenceContext",
     "GdnPackedSeqParams",
     "PackedSelfAttention",
     "RMSNorm",

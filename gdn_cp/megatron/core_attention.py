@@ -85,10 +85,10 @@ class CoreAttention(MegatronModule):
 
         Args:
             query: [t, n, d] packed, or [s, b, n, d].
-            key: [t, m, d] or [s, b, m, d], as value.
+            key: [t, m, d] or [s, b, m, d], as value. In decoding, [s', b, m, d] with s' - s tokens before the queries'.
             value: see key.
             attention_mask: ignored, the mask is causal.
-            attn_mask_type: only a causal one (Megatron repeats the constructor's).
+            attn_mask_type: ignored, too (Megatron repeats the constructor's; for a decoded token it says none).
             attention_bias: only None.
             packed_seq_params: as in `gdn_cp.megatron.GatedDeltaNet.forward`.
 
@@ -100,6 +100,8 @@ class CoreAttention(MegatronModule):
         group = cp_group_of(packed_seq_params, self.pg_collection.cp)
         cp_size = 1 if group is None else group.size()
         qkv = [query, key, value]
+        if packed_seq_params is None and len(key) != len(query):
+            return self._attend_to_cache(query, key, value, cp_size)
         if is_packed(packed_seq_params):
             layout = layout_of_packed(packed_seq_params, query.shape[0], cp_size, query.device)
             unpacked = None
@@ -117,6 +119,25 @@ class CoreAttention(MegatronModule):
             o_cp = o_cp.masked_fill(padding[:, None, None], 0)
         out = o_cp.flatten(1)
         return out if unpacked is None else out.unflatten(0, (unpacked[1], unpacked[0])).transpose(0, 1)
+
+    def _attend_to_cache(self, query: Tensor, key: Tensor, value: Tensor, cp_size: int) -> Tensor:
+        """The last tokens of each sequence attend to all up to themselves: [s, b, n, d] -> [s, b, n*d]."""
+        if cp_size > 1 or len(key) < len(query):
+            raise ValueError(
+                f"{len(query)} query and {len(key)} key rows on {cp_size} context-parallel rank(s): a cache of keys "
+                "needs context_parallel_size=1 and holds the queries' own"
+            )
+        allowed = torch.ones(len(query), len(key), dtype=torch.bool, device=query.device)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        o = scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=allowed.tril(len(key) - len(query)),
+            scale=self.softmax_scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return o.permute(2, 0, 1, 3).flatten(2)
 
 
 def _with_enough_heads(qkv: list[Tensor], cp_size: int) -> list[Tensor]:

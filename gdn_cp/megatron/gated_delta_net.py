@@ -36,6 +36,7 @@ from gdn_cp.comm.choice import A2aSize, choose_a2a_size
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
 from gdn_cp.gated_delta_net import GdnDims, gated_delta_net_mixer, keep_precision
 from gdn_cp.megatron.compat import module_name, split_tensor_factory
+from gdn_cp.megatron.inference import mix_with_cache
 from gdn_cp.megatron.norm import gain_of
 from gdn_cp.megatron.packed import GdnPackedSeqParams, cp_group_of, is_packed, layout_of_batch, layout_of_packed
 
@@ -249,20 +250,21 @@ class GatedDeltaNet(MegatronModule):
                 layout. Not packed: b sequences cut by Megatron's zigzag.
             attention_mask: ignored, the layer is causal.
             key_value_states: only None.
-            inference_context: only None, as inference_params and sequence_len_offset.
+            inference_context: Megatron's static one, see `gdn_cp.megatron.inference`; in eval mode, on one
+                context-parallel rank, not packed.
             attention_bias: only None.
             packed_seq_params: `GdnPackedSeqParams`, or Megatron's own (see `layout_of_packed`).
-            sequence_len_offset: only None.
+            sequence_len_offset: only None, as inference_params.
             inference_params: only None.
 
         Returns:
             [s, b, h] and the output bias, None. Rotary embeddings and other arguments of attention are ignored.
 
         Raises:
-            ValueError: for inference, cross attention or an attention bias; for a batch that does not fit.
+            ValueError: for inference in other ways, cross attention or an attention bias; for a batch that does not
+                fit.
         """
         refused = {
-            "inference_context": inference_context,
             "inference_params": inference_params,
             "sequence_len_offset": sequence_len_offset,
             "key_value_states": key_value_states,
@@ -271,12 +273,14 @@ class GatedDeltaNet(MegatronModule):
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(
-                    f"{name} was given: this layer trains; it has no cache, no cross attention and no attention bias. "
-                    "For decoding use gdn_cp.fused_recurrent_gated_delta_rule"
+                    f"{name} was given: this layer has no cross attention, no attention bias, and for inference takes "
+                    "inference_context alone, without flash_decode or CUDA graphs of Megatron's"
                 )
+        group = cp_group_of(packed_seq_params, self.pg_collection.cp)
+        if inference_context is not None:
+            return self._infer(hidden_states, inference_context, packed_seq_params, group)
         projected, _bias = self.in_proj(hidden_states)
         seqlen, batch, _width = projected.shape
-        group = cp_group_of(packed_seq_params, self.pg_collection.cp)
         cp_size = 1 if group is None else group.size()
         if is_packed(packed_seq_params):
             if batch != 1:
@@ -287,19 +291,37 @@ class GatedDeltaNet(MegatronModule):
         a2a_size = self._a2a_size(packed_seq_params, layout, projected)
         mixed = gated_delta_net_mixer(
             projected.transpose(0, 1).flatten(0, 1),
-            dims=self.dims,
-            conv1d_weight=self.conv1d.weight,
-            conv1d_bias=self.conv1d.bias,
-            A_log=self.A_log,
-            dt_bias=self.dt_bias,
-            out_norm_weight=self._out_norm_gain(),
+            **self._mixer_arguments(),
             layout=layout,
             group=group,
             a2a_size=a2a_size,
-            norm_eps=self.config.layernorm_epsilon,
             backend=self.backend,
         )
         return self.out_proj(mixed.unflatten(0, (batch, seqlen)).transpose(0, 1).contiguous())
+
+    def _mixer_arguments(self) -> dict[str, Any]:
+        return {
+            "dims": self.dims,
+            "conv1d_weight": self.conv1d.weight,
+            "conv1d_bias": self.conv1d.bias,
+            "A_log": self.A_log,
+            "dt_bias": self.dt_bias,
+            "out_norm_weight": self._out_norm_gain(),
+            "norm_eps": self.config.layernorm_epsilon,
+        }
+
+    def _infer(self, hidden_states: Tensor, context: Any, packed_seq_params: Any, group: Any) -> tuple[Tensor, None]:
+        """The next tokens of every sequence of a static batch."""
+        for wrong, value, remedy in (
+            ("packed_seq_params", packed_seq_params, "give prompts of equal length as a batch"),
+            ("context parallelism", group, "infer with context_parallel_size=1"),
+            ("training mode", self.training or None, "call model.eval()"),
+        ):
+            if value is not None:
+                raise ValueError(f"inference_context was given with {wrong}: {remedy}")
+        projected, _bias = self.in_proj(hidden_states)
+        mixed = mix_with_cache(projected, context, self.layer_number or 0, self._mixer_arguments(), self.backend)
+        return self.out_proj(mixed.contiguous())
 
     def _a2a_size(self, packed_seq_params: PackedSeqParams | None, layout: ThdLayout, projected: Tensor) -> int:
         """The batch's a2a_size where it has one, else this layer's, resolved for the batch."""

@@ -311,7 +311,7 @@ def test_malformed_arguments_are_refused_and_leave_the_cache():
 
 def test_snippet_of_the_document_runs():
     text = (Path(__file__).resolve().parents[2] / "docs" / "inference.md").read_text(encoding="utf-8")
-    (snippet,) = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    snippet, _megatrons = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(snippet, "<snippet>", "exec"), names)
     assert names["cache"].lengths.tolist() == [11, 6, 4]
