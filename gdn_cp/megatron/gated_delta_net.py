@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    checkpoint,
     copy_to_tensor_model_parallel_region,
     get_cuda_rng_tracker,
 )
@@ -60,6 +61,9 @@ class GatedDeltaNet(MegatronModule):
     `A_log` and `dt_bias` [HV/tp] (float32 whatever `params_dtype` is), `out_norm.weight` [V], `out_proj.weight`
     [h, HV*V/tp]. `config.linear_*` gives the sizes. Initialised as Megatron's: A uniform in `A_init_range`, dt_bias
     ones; with `use_cpu_initialization` the values do not depend on tp.
+
+    Selective recomputation of "core_attn" keeps the input projection's output alone and runs all up to the output
+    projection, exchange included, again in the backward.
 
     Args:
         config: activation_func must be torch's silu. Leave `experimental_attention_variant=None`: with
@@ -118,6 +122,8 @@ class GatedDeltaNet(MegatronModule):
         self.pg_collection = pg_collection
         self.layer_number = layer_number
         self.backend = backend
+        modules = config.recompute_modules or []
+        self.recompute_mixer = config.recompute_granularity == "selective" and "core_attn" in modules
         self.a2a_size: A2aSize = a2a_size
         self.conv_init, self.A_init_range = conv_init, A_init_range
         self.tp_size, self.tp_rank = pg_collection.tp.size(), pg_collection.tp.rank()
@@ -289,14 +295,15 @@ class GatedDeltaNet(MegatronModule):
         else:
             layout = layout_of_batch(batch, seqlen * cp_size, cp_size, projected.device)
         a2a_size = self._a2a_size(packed_seq_params, layout, projected)
-        mixed = gated_delta_net_mixer(
-            projected.transpose(0, 1).flatten(0, 1),
-            **self._mixer_arguments(),
-            layout=layout,
-            group=group,
-            a2a_size=a2a_size,
-            backend=self.backend,
-        )
+
+        def mix(rows: Tensor) -> Tensor:
+            arguments = self._mixer_arguments()
+            return gated_delta_net_mixer(
+                rows, **arguments, layout=layout, group=group, a2a_size=a2a_size, backend=self.backend
+            )
+
+        rows = projected.transpose(0, 1).flatten(0, 1)
+        mixed: Any = checkpoint(mix, False, rows) if self.training and self.recompute_mixer else mix(rows)
         return self.out_proj(mixed.unflatten(0, (batch, seqlen)).transpose(0, 1).contiguous())
 
     def _mixer_arguments(self) -> dict[str, Any]:

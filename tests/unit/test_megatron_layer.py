@@ -193,6 +193,33 @@ def test_gate_stays_float32_in_a_half_precision_model():
     assert 1.0 <= wrapped.A_log.exp().min() <= wrapped.A_log.exp().max() <= 16.0
 
 
+def test_selective_recompute_keeps_the_projections_alone():
+    """With the gradients, bit for bit, of a layer that keeps everything."""
+    x, bytes_kept, gradients = torch.randn(64, 1, 32), {}, {}
+    for modules in (["mlp"], ["core_attn"]):
+        torch.manual_seed(0)
+        layer = ours(config_of(recompute_granularity="selective", recompute_modules=modules))
+        parameters = {p.data_ptr() for p in layer.parameters()}
+        kept: dict[int, int] = {}
+
+        def keep(tensor: Tensor, parameters: set[int] = parameters, kept: dict[int, int] = kept) -> Tensor:
+            if tensor.data_ptr() not in parameters:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out, _ = layer(x.requires_grad_(), None)
+        out.square().sum().backward()
+        name = modules[0]
+        bytes_kept[name] = sum(kept.values())
+        gradients[name] = [x.grad, *(p.grad for p in layer.parameters())]
+        x = x.detach()
+    dims = layer.dims
+    needed = 4 * 64 * (32 + dims.in_proj_dim + dims.num_v_heads * dims.head_v_dim)  # what the linear layers read
+    assert bytes_kept["core_attn"] <= needed < bytes_kept["mlp"]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients.values(), strict=True))
+
+
 def test_rotary_by_position_equals_megatrons_own():
     """With one rank Megatron's own attention takes packed batches too, if the core attention does."""
     from megatron.core.transformer.attention import SelfAttention

@@ -94,6 +94,9 @@ CASES: dict[str, Case] = {
     "all_cuts_recompute_full_uniform": replace(ALL_CUTS, config={**FULL, "recompute_method": "uniform"}),
     "all_cuts_a2a1_recompute_full_block": replace(ALL_CUTS, a2a_size=1, config={**FULL, "recompute_method": "block"}),
     "all_cuts_recompute_selective": replace(ALL_CUTS, config=SELECTIVE),
+    "all_cuts_recompute_deterministic_twice": replace(
+        ALL_CUTS, runs=2, config={**SELECTIVE, "deterministic_mode": True}
+    ),
     "all_cuts_deterministic_twice": replace(ALL_CUTS, runs=2, config={"deterministic_mode": True}),
     "dynamic_cp_4_2_4": Case(cp=4, packs=8, cp_sizes=(4, 2, 4)),
     "dynamic_cp_4_2_1_4_pp2": Case(cp=4, pp=2, packs=8, cp_sizes=(4, 2, 1, 4)),
