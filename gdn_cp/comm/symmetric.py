@@ -1,0 +1,249 @@
+"""Memory that every rank of a group can write and read, and the fused mixer's moves through it: one kernel each.
+
+`PeerMemory` holds two equal slots on every rank. A move takes the slot that the move before did not, moves the rows to
+their final places at the peers (`gdn_cp.comm.symmetric_triton`), and settles: a barrier on the stream, after which this
+rank's kernels see what all peers wrote. Nothing waits on the host.
+
+The rule of reuse. What a move hands out (`transient` buffers) is good for kernels that are enqueued on the same stream
+before the next move. Why two slots are enough: while move n+1 fills the other slot, slow ranks may still read what move
+n gave; the barrier of n+1 is behind those reads on every rank's stream; so when move n+2 writes the first slot again,
+all have finished with it. Whatever the backward needs is therefore copied out by the kernel that reads it, and any
+number of micro-batches may be in flight. A replayed CUDA graph starts where the host does not know which slot was last
+in use, so moves that are captured, and all moves after a capture, begin with a barrier of their own. All of a group's
+moves belong on one stream at a time; a change of stream waits for the last move.
+
+Dimensions: P ranks, T rows of the batch (padded rows included), t = T/P local rows, V value width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.symmetric_triton import Route, Section, TileShape, exchange
+from gdn_cp.comm.transport import HeadBuffer, MixerColumns, RowBuffer
+
+SLOTS = 2
+BARRIER_TIMEOUT_MS = 30 * 60 * 1000  # a rank that is gone ends the others with a CUDA error, as NCCL's watchdog would
+GRANULE = 2 * 2**20  # bytes of a page of device memory, which a slot is a multiple of
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """A piece of every rank's memory: this rank's as bytes, and all ranks' addresses, int64 [P] on the device."""
+
+    local: Tensor
+    addresses: Tensor
+
+    def view(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """[rows, columns] at the slot's start."""
+        return self.local[: rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+
+
+class Arena(Protocol):
+    """Memory of a group's ranks, as the transport needs it."""
+
+    rank: int
+    size: int
+
+    def acquire(self, num_bytes: int) -> Slot:
+        """The slot of the next move, free on every rank for work enqueued from now on. Equal on all ranks."""
+        ...
+
+    def slot_of(self, x: Tensor) -> Slot:
+        """The slot at whose start x is."""
+        ...
+
+    def settle(self) -> None:
+        """What any rank enqueued before is seen by what this rank enqueues after."""
+        ...
+
+
+class PeerMemory:
+    """The group's memory on GPUs that reach each other over NVLink, by torch's symmetric memory.
+
+    The first move, and every move larger than all before, allocates and is a meeting of all ranks on the host; sizes
+    come from the layout and are equal on all ranks, so they meet by construction. Call once before capturing a graph.
+
+    Args:
+        group: the ranks, each with its own GPU (`gdn_cp.comm.peer_vote.peer_memory` asks whether they can).
+        device: this rank's.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        self.rank, self.size = group.rank(), group.size()
+        self.group, self.device = group, device
+        self._handle: Any = None
+        self._slots: list[Slot] = []
+        self._capacity = 0
+        self._last = 0
+        self._captured = False
+        self._stream: torch.cuda.Stream | None = None
+        self._kept: list[Any] = []
+
+    def acquire(self, num_bytes: int) -> Slot:
+        """See `Arena`.
+
+        Raises:
+            RuntimeError: where memory would have to be allocated inside the capture of a CUDA graph.
+        """
+        capturing = torch.cuda.is_current_stream_capturing()
+        if num_bytes > self._capacity:
+            if capturing:
+                raise RuntimeError(
+                    f"peer memory: a move of {num_bytes} bytes does not fit in {self._capacity}, and nothing can be "
+                    "allocated while a CUDA graph is captured; run the layer once on a batch of this size before"
+                )
+            self._grow(num_bytes)
+        stream = torch.cuda.current_stream(self.device)
+        if self._stream is not None and stream != self._stream and not capturing:
+            stream.wait_stream(self._stream)
+        self._stream = stream
+        if capturing or self._captured:
+            self._captured = True
+            self.settle()
+        self._last = (self._last + 1) % SLOTS
+        return self._slots[self._last]
+
+    def slot_of(self, x: Tensor) -> Slot:
+        """See `Arena`."""
+        return next(slot for slot in self._slots if slot.local.data_ptr() == x.data_ptr())
+
+    def settle(self) -> None:
+        """See `Arena`: a kernel that signals every peer and waits for each one's signal."""
+        self._handle.barrier(0, BARRIER_TIMEOUT_MS)
+
+    def _grow(self, num_bytes: int) -> None:
+        """Allocate slots of at least `num_bytes` on all ranks, which come here together."""
+        import torch.distributed._symmetric_memory as symm_mem
+
+        torch.cuda.synchronize(self.device)  # peers may be busy with the old slots until their last barrier
+        if self._captured:
+            self._kept.append((self._handle, self._slots))  # graphs hold their addresses
+        self._capacity = -(-num_bytes // GRANULE) * GRANULE
+        memory = symm_mem.empty(SLOTS * self._capacity, dtype=torch.uint8, device=self.device)
+        handle: Any = symm_mem.rendezvous(memory, self.group)  # behind it all ranks are idle: the old slots may go
+        # A tensor need not be at the start of what peers have mapped.
+        offset = memory.data_ptr() - handle.buffer_ptrs[self.rank]
+        offsets = torch.tensor([offset], device=self.device)
+        everyone = offsets.new_empty(self.size)
+        dist.all_gather_into_tensor(everyone, offsets, group=self.group)
+        starts = [base + start for base, start in zip(handle.buffer_ptrs, everyone.tolist(), strict=True)]
+        self._handle = handle
+        self._slots = []
+        for index in range(SLOTS):
+            addresses = torch.tensor([start + index * self._capacity for start in starts], device=self.device)
+            self._slots.append(Slot(memory.narrow(0, index * self._capacity, self._capacity), addresses))
+        torch.cuda.synchronize(self.device)
+
+
+_rows: WeakKeyDictionary[ThdLayout, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()
+
+
+def natural_rows(layout: ThdLayout, a2a_size: int, group_index: int) -> Tensor:
+    """int32 [Tg] on the layout's device: for each row of the group, rank by rank, its place in the order of the
+    group's segments (the natural order with one group); -1 - place where it is padding. Kept with the layout.
+
+    >>> natural_rows(ThdLayout.zigzag([0, 8], 2, seqlens=[7]), 2, 0).tolist()
+    [0, 1, 6, -8, 2, 3, 4, 5]
+    """
+    made = _rows.setdefault(layout, {})
+    key = (a2a_size, group_index)
+    if key not in made:
+        with torch.inference_mode(False):
+            table, t = layout.segments(a2a_size, group_index), layout.t_local
+            rows = table.to_rank_major
+            if rows is None:
+                rows = torch.arange(a2a_size * t, device=layout.device)
+            ranks = range(group_index * a2a_size, (group_index + 1) * a2a_size)
+            padding = [mask for rank in ranks if (mask := layout.local_padding(rank)) is not None]
+            made[key] = (torch.where(torch.cat(padding), -1 - rows, rows) if padding else rows).to(torch.int32)
+    return made[key]
+
+
+@dataclass(frozen=True, eq=False)
+class PeerTransport:
+    """The moves of `gdn_cp.comm.transport` through peers' memory. Rows arrive in natural order, padded ones as zeros.
+
+    Attributes:
+        columns: with `ranks` the arena's size.
+        arena: the memory.
+        rows: int32 [T] of `natural_rows`.
+        shape: tiles of the kernel; None: the usual ones.
+    """
+
+    columns: MixerColumns
+    arena: Arena
+    rows: Tensor
+    shape: TileShape | None = None
+
+    @property
+    def _own_rows(self) -> Tensor:
+        t = self.rows.shape[0] // self.columns.ranks
+        return self.rows.narrow(0, self.arena.rank * t, t)
+
+    def _acquire(self, dtype: torch.dtype) -> Slot:
+        """A slot for the largest of the moves, so that the first of them allocates for all."""
+        return self.arena.acquire(self.rows.shape[0] * self.columns.share_width * dtype.itemsize)
+
+    def _way_in(self) -> Route:
+        """Between the projection (near) and shares in natural order (far)."""
+        c, P = self.columns, self.columns.ranks
+        widths = {0: c.qk, c.qk: c.qk, 2 * c.qk: c.v, c.gates: c.heads, c.gates + c.heads: c.heads}
+        sections, far = [], 0
+        for start, width in widths.items():
+            sections.append(Section(start, width // P, far, width // P))
+            far += width // P
+        return Route(self._own_rows, tuple(sections), c.share_width, P, self.arena.rank)
+
+    def send_in(self, projected: Tensor, keep_z: bool) -> tuple[RowBuffer, Tensor]:
+        """See `Transport`: a push, which copies z too."""
+        c = self.columns
+        z = projected.narrow(1, c.conv, c.v)
+        kept = torch.empty(z.shape, dtype=z.dtype, device=z.device) if keep_z else None
+        slot = self._acquire(projected.dtype)
+        exchange(projected, slot.addresses, self._way_in(), kept=kept, kept_column=c.conv, shape=self.shape)
+        self.arena.settle()
+        data = slot.view(self.rows.shape[0], c.share_width, projected.dtype)
+        return RowBuffer(data, None, c.share_conv, transient=True), z if kept is None else kept
+
+    def return_out(self, o: Tensor) -> HeadBuffer:
+        """See `Transport`: a push of each peer's rows out of o."""
+        P, rank, share = self.columns.ranks, self.arena.rank, self.columns.v // self.columns.ranks
+        sections = (Section(0, 0, rank * share, share),)
+        slot = self._acquire(o.dtype)
+        route = Route(self.rows, sections, self.columns.v, P, rank, natural_near=True)
+        exchange(o, slot.addresses, route, shape=self.shape)
+        self.arena.settle()
+        return HeadBuffer(slot.view(o.shape[0] // P, self.columns.v, o.dtype).unsqueeze(0), transient=True)
+
+    def out_grad_buffer(self, like: Tensor) -> Tensor:
+        """See `Transport`: ordinary memory, all heads in one block."""
+        return torch.empty(1, like.shape[0], self.columns.v, dtype=like.dtype, device=like.device)
+
+    def send_out_grad(self, buffer: Tensor) -> Tensor:
+        """See `Transport`: a push."""
+        P, share = self.columns.ranks, self.columns.v // self.columns.ranks
+        slot = self._acquire(buffer.dtype)
+        route = Route(self._own_rows, (Section(0, share, 0, share),), share, P, self.arena.rank)
+        exchange(buffer[0], slot.addresses, route, shape=self.shape)
+        self.arena.settle()
+        return slot.view(self.rows.shape[0], share, buffer.dtype)
+
+    def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
+        """See `Transport`: a slot, out of which the peers will read. No move may come before `return_in_grad`."""
+        c = self.columns
+        slot = self._acquire(d_projected.dtype)
+        return RowBuffer(slot.view(self.rows.shape[0], c.share_width, d_projected.dtype), None, c.share_conv)
+
+    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
+        """See `Transport`: a pull, which needs no memory beside `d_projected`."""
+        slot = self.arena.slot_of(buffer.data)
+        self.arena.settle()
+        exchange(d_projected, slot.addresses, self._way_in(), pull=True, shape=self.shape)

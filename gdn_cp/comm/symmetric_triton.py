@@ -1,0 +1,271 @@
+"""The exchange in one kernel on peers' memory: each slice of a row goes to, or comes from, its final place.
+
+One kernel serves every move. A `Route` says how a *near* tensor of this rank and the *far* tensor of each peer
+correspond, by a table of rows and a table of runs of columns; then
+
+    push          far  <- near     this rank writes into its peers' memory
+    pull          near <- far      this rank reads its peers' memory
+
+and rows of one side stand in local order, those of the other in natural order:
+
+    natural far   near row i           <->  far row rows[i]         cp -> hp: my rows, in natural order, at the peers
+    natural near  near row rows[p*t+i] <->  far row i               hp -> cp: each peer's rows out of mine
+
+Nothing is computed, so elements travel as integers of their size, and padded rows (rows[i] = -1 - row) as zeros, whose
+source is not read. Signals are not in here: see `gdn_cp.comm.symmetric`.
+
+Example, P = 2, sections q (4 columns) and v (2), natural far, rank 0, rows (0, 3); what goes where:
+
+    near row 1 = [q0 q1 q2 q3 v0 v1]   ->   peer 0, row 3, columns [q0 q1 v0]    peer 1, row 3, columns [q2 q3 v1]
+
+Dimensions: P ranks, t rows of each rank, T = P*t, BR rows and BC columns of a tile.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
+# pyright: reportOperatorIssue=false
+# triton.jit hides the options of a launch from a type checker
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from gdn_cp.kernels.compile_report import CompileCase
+
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+VECTOR = 16  # bytes of the widest access
+NARROW = 64  # sections with fewer columns in a share are moved by tiles of their own
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """How the kernel is launched: tiles of `rows` by `columns`, `num_warps` each, by at most `programs` programs.
+
+    On four H200s anything from 132 programs and 128 bytes of columns up was within 5 % of the best.
+    """
+
+    rows: int = 64
+    columns: int = 128
+    num_warps: int = 8
+    programs: int = 264
+
+
+@triton.jit
+def _move_tiles(
+    near, peers, rows, runs, first_run, num_runs, t, rank,
+    P: tl.constexpr, NEAR_ROW: tl.constexpr, FAR_ROW: tl.constexpr, NATURAL_NEAR: tl.constexpr, PULL: tl.constexpr,
+    ALIGN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Walk over (peer, run of columns, block of rows), the peer fastest and from the next rank on, so that no two
+    ranks start on the same receiver. Run r of `runs` is (near column, its step per peer, far column, width)."""
+    tiles = (t + BR - 1) // BR * num_runs * P
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        peer = (rank + 1 + tile) % P
+        run = runs + (first_run + tile // P % num_runs) * 4
+        i = tile // P // num_runs * BR + tl.arange(0, BR)
+        m_row = i < t
+        place = tl.load(rows + (peer * t + i if NATURAL_NEAR else i), mask=m_row, other=0)
+        real = place >= 0
+        place = tl.where(real, place, -1 - place).to(tl.int64)
+        near_row, far_row = (place, i.to(tl.int64)) if NATURAL_NEAR else (i.to(tl.int64), place)
+
+        column = tl.arange(0, BC)
+        near_column = tl.multiple_of(tl.load(run) + peer * tl.load(run + 1), ALIGN)
+        far_column = tl.multiple_of(tl.load(run + 2), ALIGN)
+        width = tl.multiple_of(tl.load(run + 3), ALIGN)
+        # Without the hint on the address, which is a number to the compiler, stores would be two bytes wide.
+        far = tl.multiple_of(tl.load(peers + peer).to(near.dtype), 16)
+        in_near = near + near_row[:, None] * NEAR_ROW + (near_column + column)[None, :]
+        in_far = far + far_row[:, None] * FAR_ROW + (far_column + column)[None, :]
+        mask = m_row[:, None] & (column < width)[None, :]
+        if PULL:
+            tl.store(in_near, tl.load(in_far, mask=mask & real[:, None], other=0), mask=mask)
+        else:
+            tl.store(in_far, tl.load(in_near, mask=mask & real[:, None], other=0), mask=mask)
+
+
+@triton.jit
+def _copy_tiles(source, target, t, SOURCE_ROW: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
+    """Copy [t, WIDTH], rows of the target one behind the other."""
+    blocks: tl.constexpr = (WIDTH + BC - 1) // BC
+    for tile in range(tl.program_id(0), (t + BR - 1) // BR * blocks, tl.num_programs(0)):
+        i = tile // blocks * BR + tl.arange(0, BR)
+        column = tile % blocks * BC + tl.arange(0, BC)
+        mask = (i < t)[:, None] & (column < WIDTH)[None, :]
+        i = i.to(tl.int64)
+        x = tl.load(source + i[:, None] * SOURCE_ROW + column[None, :], mask=mask)
+        tl.store(target + i[:, None] * WIDTH + column[None, :], x, mask=mask)
+
+
+@triton.jit(do_not_specialize=["t", "rank", "wide_runs", "narrow_runs"])
+def exchange_kernel(
+    near, peers, rows, runs, wide_runs, narrow_runs, t, rank, kept,
+    P: tl.constexpr, NEAR_ROW: tl.constexpr, FAR_ROW: tl.constexpr, NATURAL_NEAR: tl.constexpr, PULL: tl.constexpr,
+    ALIGN: tl.constexpr, ALIGN_NARROW: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    BR_NARROW: tl.constexpr, BC_NARROW: tl.constexpr, HAS_NARROW: tl.constexpr,
+    KEPT_COLUMN: tl.constexpr, KEPT_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Each program moves every so many-th tile of the wide runs, then of the narrow ones, which follow them in `runs`.
+
+    `peers` int64 [P]: addresses of the far tensors. NEAR_ROW and FAR_ROW: elements from row to row. Where KEPT_WIDTH is
+    not 0, columns KEPT_COLUMN.. of near are copied to `kept` [t, KEPT_WIDTH] on this rank, while the last pushed tiles
+    are on the wire.
+    """
+    _move_tiles(
+        near, peers, rows, runs, 0, wide_runs, t, rank, P, NEAR_ROW, FAR_ROW, NATURAL_NEAR, PULL, ALIGN, BR, BC
+    )  # fmt: skip
+    if HAS_NARROW:
+        _move_tiles(
+            near, peers, rows, runs, wide_runs, narrow_runs, t, rank, P, NEAR_ROW, FAR_ROW, NATURAL_NEAR, PULL,
+            ALIGN_NARROW, BR_NARROW, BC_NARROW,
+        )  # fmt: skip
+    if KEPT_WIDTH:
+        _copy_tiles(near + KEPT_COLUMN, kept, t, NEAR_ROW, KEPT_WIDTH, BR, BC)
+
+
+@dataclass(frozen=True)
+class Section:
+    """`width` columns of every share: peer p's are near columns `near + p * near_step` on, far columns `far` on."""
+
+    near: int
+    near_step: int
+    far: int
+    width: int
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """How a near tensor and the far ones, [*, far_stride], correspond.
+
+    Attributes:
+        rows: int32 [t] (natural far) or [P*t] (`natural_near`): the natural row of each local row, of this rank or of
+            all in rank order; -1 - row where it is padding.
+        sections: see `Section`.
+        far_stride: elements from row to row of the far tensors, the same on all ranks.
+        ranks: P.
+        rank: this one.
+        natural_near: see the module.
+    """
+
+    rows: Tensor
+    sections: tuple[Section, ...]
+    far_stride: int
+    ranks: int
+    rank: int
+    natural_near: bool = False
+
+    @property
+    def t(self) -> int:
+        """Rows of each rank."""
+        return self.rows.shape[0] // (self.ranks if self.natural_near else 1)
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _runs(
+    sections: tuple[Section, ...], columns: int, device: torch.device
+) -> tuple[Tensor, int, int, tuple[int, int, int]]:
+    """(runs int32 [R, 4] with the wide ones first, wide, narrow, (ALIGN, ALIGN_NARROW, BC_NARROW) in elements)."""
+    wide = [s for s in sections if s.width >= NARROW]
+    narrow = [s for s in sections if s.width < NARROW]
+    narrow_columns = triton.next_power_of_2(max((s.width for s in narrow), default=1))
+    cut = [(s, start, columns) for s in wide for start in range(0, s.width, columns)]
+    cut += [(s, 0, narrow_columns) for s in narrow]
+    runs = [(s.near + start, s.near_step, s.far + start, min(most, s.width - start)) for s, start, most in cut]
+    table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4)
+    if device.type == "cuda":
+        table = table.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would synchronise
+    count = len(runs) - len(narrow)
+    sizes = (_divisor(runs[:count]), _divisor(runs[count:]), narrow_columns)
+    return table, count, len(narrow), sizes
+
+
+def _divisor(runs: Sequence[tuple[int, ...]]) -> int:
+    return math.gcd(*(number for run in runs for number in run)) if runs else 0
+
+
+def _alignment(divisor: int, strides: Sequence[int], element_size: int) -> int:
+    """The largest power of two of elements, up to a vector, that divides all of these."""
+    return math.gcd(divisor, *strides, VECTOR // element_size)
+
+
+def exchange(
+    near: Tensor,
+    peers: Tensor,
+    route: Route,
+    *,
+    pull: bool = False,
+    kept: Tensor | None = None,
+    kept_column: int = 0,
+    shape: TileShape | None = None,
+) -> None:
+    """Move what `route` says between `near` (2-D, last stride 1, 16-byte aligned) and the far tensors at `peers`.
+
+    Args:
+        near: this rank's tensor.
+        peers: int64 [P] on near's device, the address of each rank's far tensor, a multiple of 16.
+        route: see there.
+        pull: read the far tensors instead of writing them.
+        kept: [t, w], filled with w columns of near from `kept_column` on.
+        kept_column: see `kept`.
+        shape: of the tiles; None: the usual one.
+    """
+    assert near.stride(1) == 1
+    shape = TileShape() if shape is None else shape
+    runs, wide, narrow, (wide_divisor, narrow_divisor, narrow_columns) = _runs(
+        route.sections, shape.columns, near.device
+    )
+    size, strides = near.element_size(), (near.stride(0), route.far_stride)
+    t = route.t
+    if not t:
+        return
+    BR_narrow = min(1024, max(1, shape.rows * shape.columns // narrow_columns // 4))
+    if kept is not None:
+        assert kept.is_contiguous()
+        kept = kept.view(INTEGERS[size])
+    tiles = triton.cdiv(t, shape.rows) * max(wide, 1) * route.ranks
+    exchange_kernel[(min(tiles, shape.programs),)](
+        near.view(INTEGERS[size]), peers, route.rows, runs, wide, narrow, t, route.rank, kept,
+        P=route.ranks, NEAR_ROW=near.stride(0), FAR_ROW=route.far_stride, NATURAL_NEAR=route.natural_near, PULL=pull,
+        ALIGN=_alignment(wide_divisor, strides, size), ALIGN_NARROW=_alignment(narrow_divisor, strides, size),
+        BR=shape.rows, BC=shape.columns, BR_NARROW=triton.next_power_of_2(BR_narrow), BC_NARROW=narrow_columns,
+        HAS_NARROW=narrow > 0, KEPT_COLUMN=kept_column, KEPT_WIDTH=0 if kept is None else kept.shape[1],
+        num_warps=shape.num_warps,
+    )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    """Qwen3-Next's widths over 4 ranks in bfloat16: the way in (push, with z kept), out (push) and in's gradient."""
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    shape = TileShape()
+    tensors = {"near": "*i16", "peers": "*i64", "rows": "*i32", "runs": "*i32"}
+    numbers = dict.fromkeys(("wide_runs", "narrow_runs", "t", "rank"), "i32")
+    sizes = {
+        "P": 4, "ALIGN": 8, "ALIGN_NARROW": 8, "BR": shape.rows, "BC": shape.columns, "BR_NARROW": 256, "BC_NARROW": 8,
+    }  # fmt: skip
+    way_in = {"NATURAL_NEAR": False, "HAS_NARROW": True, "NEAR_ROW": 12352, "FAR_ROW": 2064, "KEPT_COLUMN": 8192}
+    way_out = {"NATURAL_NEAR": True, "HAS_NARROW": False, "NEAR_ROW": 1024, "FAR_ROW": 4096, "KEPT_COLUMN": 0}
+    moves = {
+        "push_in": way_in | {"PULL": False, "KEPT_WIDTH": 4096},
+        "push_out": way_out | {"PULL": False, "KEPT_WIDTH": 0},
+        "pull_grad": way_in | {"PULL": True, "KEPT_WIDTH": 0},
+    }
+    return [
+        CompileCase(
+            f"peer.{name}",
+            exchange_kernel,
+            {**tensors, **numbers, **({"kept": "*i16"} if constants["KEPT_WIDTH"] else {})},
+            sizes | constants | ({} if constants["KEPT_WIDTH"] else {"kept": None}),
+            shape.num_warps,
+        )
+        for name, constants in moves.items()
+    ]

@@ -1,0 +1,82 @@
+"""Whether ranks exchange through peers' memory: what each finds missing, and one answer for all."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import torch.distributed as dist
+
+pytest.importorskip("triton")
+
+from gdn_cp.comm.peer_vote import VARIABLE, Facts, _place, decide, find_problem, peer_memory, read_request
+
+
+def test_request_is_the_argument_then_the_variable(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert read_request() == "auto"
+    monkeypatch.setenv(VARIABLE, "nccl")
+    assert read_request() == "nccl"
+    assert read_request("peer") == "peer"
+    monkeypatch.setenv(VARIABLE, "fast")
+    with pytest.raises(ValueError, match=r"GDN_CP_EXCHANGE: got 'fast'; choose"):
+        read_request()
+    with pytest.raises(ValueError, match=r"request: got 'slow'"):
+        read_request("slow")
+
+
+def facts(gpu: str, place: str = "here", problem: str = "") -> Facts:
+    return Facts("auto", place, gpu, problem)
+
+
+@pytest.mark.parametrize(
+    ("everyone", "expected"),
+    [
+        ([facts("a"), facts("b")], ""),
+        ([facts("a"), facts("b", "there")], "rank 1 runs elsewhere"),
+        ([facts("a"), facts("a")], "rank 1 shares this GPU"),
+        ([facts("a", problem="no torch"), facts("b")], "no torch"),
+        ([facts("a"), facts("b", "there", "said by rank 1 itself")], ""),
+        ([facts("a"), facts("b"), facts("c")], "no NVLink to rank 2"),
+    ],
+)
+def test_each_rank_says_what_keeps_it_from_its_peers(everyone: list[Facts], expected: str):
+    links = {("a", "b"): "", ("a", "c"): "no NVLink"}
+    assert find_problem(everyone, 0, lambda mine, theirs: links[mine, theirs]).startswith(expected)
+    assert bool(find_problem(everyone, 0, lambda mine, theirs: links[mine, theirs])) == bool(expected)
+
+
+def test_one_objection_sends_all_to_nccl_with_one_line(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.WARNING)
+    assert decide("auto", ["", ""], 0)
+    assert not caplog.records
+    assert [decide("auto", ["", "no NVLink to rank 0"], rank) for rank in (0, 1)] == [False, False]
+    assert [r.getMessage() for r in caplog.records] == [
+        "exchange through NCCL, not through peers' memory: rank 1: no NVLink to rank 0"
+    ]
+    with pytest.raises(ValueError, match=r'"peer" is not possible here \(rank 1: no NVLink'):
+        decide("peer", ["", "no NVLink to rank 0"], 0)
+
+
+def test_processes_of_one_folder_share_a_place():
+    assert _place() == _place()
+    assert len(_place()) > 10
+
+
+def ask_on_cpu(rank: int, world: int) -> str:
+    group = dist.group.WORLD
+    assert group is not None
+    assert peer_memory(group, torch.device("cpu")) is None
+    try:
+        peer_memory(group, torch.device("cpu"), "peer")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_without_gpus_are_asked_nothing(run_ranks):
+    assert (
+        run_ranks(ask_on_cpu, 2)
+        == ['GDN_CP_EXCHANGE: "peer" needs GPUs, but the tensors are on cpu; choose "auto"'] * 2
+    )
