@@ -119,6 +119,10 @@ class PeerMemory:
         """See `Arena`: a kernel that signals every peer and waits for each one's signal."""
         self._handle.barrier(0, BARRIER_TIMEOUT_MS)
 
+    def bytes_of(self, rank: int, num_bytes: int) -> Tensor:
+        """The first bytes of another rank's memory, as this one reads and writes them; allocated by the first move."""
+        return self._handle.get_buffer(rank, (num_bytes,), torch.uint8)
+
     def _grow(self, num_bytes: int) -> None:
         """Allocate slots of at least `num_bytes` on all ranks, which come here together."""
         import torch.distributed._symmetric_memory as symm_mem

@@ -87,3 +87,42 @@ def test_errors_above_the_limit_and_nan_are_named():
     from bench_layer import too_large
 
     assert too_large({"out": 1e-3, "dx": float("nan")}, 1e-2) == ["dx errs by nan, allowed 1.0e-02"]
+
+
+def exchange_benchmark(rank: int, world_size: int, output: str) -> int:
+    in_scripts()
+    import bench_exchange
+
+    return bench_exchange.main(
+        bench_exchange.Options(
+            output=Path(output), tokens=(64,), sequences=3, heads=(2, 4), head_dim=16, repeats=1, calls=1
+        )
+    )
+
+
+def test_exchange_benchmark_compares_bits_and_times_every_path(run_ranks, tmp_path: Path):
+    output = tmp_path / "exchange.json"
+    assert run_ranks(exchange_benchmark, 2, str(output)) == [0, 0]
+    content = json.loads(output.read_text())
+    rows = {row["path"]: row for row in content["rows"]}
+    assert {"gdn_cp plain", "gdn_cp nccl", "wire: nccl alone"} <= set(rows)
+    assert "gdn_cp peer" in content["notes"]
+    for name, row in rows.items():
+        assert row["in_ms"] > 0
+        assert row["out_gb_per_s"] > 0
+        assert (row["both_ms"] is None) == name.startswith("wire")
+        assert not row["note"]
+
+
+def wrong_results(rank: int, world_size: int) -> list[str]:
+    in_scripts()
+    import torch
+    from bench_exchange import different
+    from bench_ranks import join_world
+
+    x = torch.zeros(3)
+    return different({"in": x, "out": x + rank}, {"in": x, "out": x}, join_world())
+
+
+def test_a_bit_that_is_wrong_on_one_rank_is_named_on_all(run_ranks):
+    assert run_ranks(wrong_results, 2) == [["out"], ["out"]]
