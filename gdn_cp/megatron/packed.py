@@ -29,12 +29,14 @@ class GdnPackedSeqParams(PackedSeqParams):
 
     `layout` is shared by all layers. `a2a_size`: ranks that trade heads for tokens in the GDN layers, or "auto" or
     "largest" (see `gdn_cp.comm.choice`); None leaves it to each layer's own `a2a_size`. `a2a_size_taken` is
-    written by the GDN layers: what the last one took (for logs).
+    written by the GDN layers: what the last one took (for logs). `whole_batch`: of which this is what Megatron's
+    attention is to see, see `gdn_cp.megatron.rotary`.
     """
 
     layout: ThdLayout | None = None
     a2a_size: A2aSize = None
     a2a_size_taken: int | None = None
+    whole_batch: PackedSeqParams | None = None
 
 
 def packed_seq_params_from_layout(

@@ -6,6 +6,7 @@ every layer, and knows the zigzag order only. Here each row takes the embedding 
 
 from __future__ import annotations
 
+from copy import copy
 from itertools import pairwise
 from typing import Any
 
@@ -71,9 +72,11 @@ class _Rows:
         self.layout, self.rank = layout, rank
         self.positions = layout.local_positions(rank)
         self.longest = max((b - a for a, b in pairwise(layout.cu_seqlens)), default=0)
+        whole_batch = copy(packed_seq_params)  # not the object itself, which will refer to this one
+        vars(whole_batch).pop(_KEPT, None)
         # Without boundaries Megatron multiplies row by row with the embeddings that it is given.
         self.without_boundaries = GdnPackedSeqParams(
-            qkv_format="thd", cp_group=packed_seq_params.cp_group, layout=layout
+            qkv_format="thd", cp_group=packed_seq_params.cp_group, layout=layout, whole_batch=whole_batch
         )
         self._taken: list[tuple[Tensor, Tensor]] = []
 

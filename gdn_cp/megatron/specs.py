@@ -1,4 +1,4 @@
-"""Layer specs for Megatron's GPTModel that need no Transformer Engine.
+"""Layer specs for Megatron's GPTModel, of plain Megatron modules or of Transformer Engine's.
 
     config = TransformerConfig(..., linear_attention_freq=4, linear_num_key_heads=16, linear_num_value_heads=32,
                                linear_key_head_dim=128, linear_value_head_dim=128, linear_conv_kernel_dim=4)
@@ -86,6 +86,7 @@ def get_hybrid_block_spec(
     a2a_size: A2aSize = "largest",
     vp_stage: int | None = None,
     pp_rank: int | None = None,
+    transformer_engine: bool = False,
 ) -> TransformerBlockSubmodules:
     """The decoder of a hybrid model: full attention every `config.linear_attention_freq`-th layer, else GDN.
 
@@ -95,9 +96,11 @@ def get_hybrid_block_spec(
         a2a_size: of the GDN layers, see `get_gdn_layer_spec`.
         vp_stage: virtual pipeline stage.
         pp_rank: pipeline rank; None: this process's.
+        transformer_engine: use its modules, see `gdn_cp.megatron.transformer_engine`.
 
     Raises:
-        ValueError: for a list of another length than `num_layers`, and for interleaved pipelines that would hang.
+        ValueError: for a list of another length than `num_layers`, for interleaved pipelines that would hang, and
+            where Transformer Engine is asked for and absent.
     """
     _check_pipeline(config)
     if config.normalization != "RMSNorm":
@@ -109,14 +112,23 @@ def get_hybrid_block_spec(
     else:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
         stage = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
-    layers = [
-        get_gdn_layer_spec(config, backend=backend, a2a_size=a2a_size)
-        if pattern[layer]
-        else get_attention_layer_spec(config)
-        for layer in stage
-    ]
-    final_norm: Any = RMSNorm
+    gdn, attention, final_norm = _layers_of(config, backend, a2a_size, transformer_engine)
+    layers = [gdn if pattern[layer] else attention for layer in stage]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
+
+
+def _layers_of(
+    config: TransformerConfig, backend: str | None, a2a_size: A2aSize, transformer_engine: bool
+) -> tuple[ModuleSpec, ModuleSpec, Any]:
+    """(GDN layer, attention layer, final norm)."""
+    if transformer_engine:
+        from gdn_cp.megatron import transformer_engine as te
+
+        engine = te.load_engine()
+        gdn = te.gdn_layer_spec(config, engine, backend=backend, a2a_size=a2a_size)
+        return gdn, te.attention_layer_spec(config, engine), engine.norm
+    gdn = get_gdn_layer_spec(config, backend=backend, a2a_size=a2a_size)
+    return gdn, get_attention_layer_spec(config), RMSNorm
 
 
 def _check_pipeline(config: TransformerConfig) -> None:
