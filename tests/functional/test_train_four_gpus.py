@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gdn_cp.training.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from gdn_cp.training.presets import QWEN3_NEXT_PROXY
-from tests.functional.test_train_gpu import assert_close
+from tests.functional.test_train_gpu import FIRST, assert_close
 from tests.ranks import run_ranks
 from tests.unit.test_training_parallel import real_text
 
@@ -154,18 +154,22 @@ def test_float32_gradients_are_those_of_one_gpu(trained, division):
         found = results[division]["fp32"]
         assert found.keys() == one["fp32"].keys()
         errors = {name: relative_error(found[name], expected) for name, expected in one["fp32"].items()}
-        assert all(error < EXACT for error in errors.values()), f"rank {rank}: {errors}"
+        print(f"rank {rank}: at most {max(errors.values()):.1e} ({max(errors, key=errors.__getitem__)})")
+        assert all(error < EXACT for error in errors.values()), errors
 
 
 @pytest.mark.multi_gpu(4)
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_bfloat16_gradients_err_as_on_one_gpu(trained, division):
     one, four = trained
+    worst = {}
     for rank, results in enumerate(four):
         for name, exact in one["fp32"].items():
             alone, cut = (relative_error(found["bf16"][name], exact) for found in (one, results[division]))
+            worst[name] = f"{name} {cut:.4f}, on one GPU {alone:.4f}"
             assert alone < 0.25, f"{name}: {alone} on one GPU is no yardstick"
             assert cut <= NOISE * alone + ROUNDING, f"rank {rank}, {name}: {cut}, on one GPU {alone}"
+    print(*sorted(worst.values(), key=lambda line: line.split()[1], reverse=True)[:5], sep="\n")
 
 
 @pytest.mark.multi_gpu(4)
@@ -176,4 +180,4 @@ def test_proxy_has_the_losses_of_one_gpu(trained, division):
     sizes = {parallel.cp if isinstance(parallel.a2a_size, str) else parallel.a2a_size}
     assert four[0][division]["a2a_sizes"] == sizes
     assert len(one["losses"]) == PROXY.run.steps
-    assert_close(four[0][division]["losses"], one["losses"])
+    assert_close(four[0][division]["losses"], one["losses"], FIRST)

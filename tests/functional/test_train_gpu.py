@@ -15,16 +15,22 @@ pytestmark = pytest.mark.functional
 # products over fewer rows, and sums of gradients in another order, may round otherwise by one such step.
 BF16 = 2.0**-8
 PROXY = ["qwen3-next-proxy", "--no-progress"]
-FIRST = 5  # steps whose losses are compared; later ones drift apart, as those of any two runs that round differently
+# Steps whose losses are compared. Adam's first updates are little more than the signs of gradients, so a gradient that
+# rounds to the other side of zero moves its weight the other way: from the fourth step on, runs that round differently
+# drift apart, whatever divides them (0.4 to 1.3 % at the fifth on H200s).
+FIRST = 3
 
 
 def losses(run: Path) -> dict[int, float]:
     return {step["step"]: step["loss"] for step in read_steps(run / METRICS_FILE)}
 
 
-def assert_close(got: dict[int, float], expected: dict[int, float]) -> None:
+def assert_close(got: dict[int, float], expected: dict[int, float], first: int | None = None) -> None:
+    """The losses agree to a rounding: of all steps, or of the first few."""
+    print("losses   ", *(f"{loss:.5f}" for loss in got.values()))  # shown by pytest -rA, and where a test fails
+    print("expected ", *(f"{loss:.5f}" for loss in expected.values()))
     assert got.keys() == expected.keys()
-    for step, loss in expected.items():
+    for step, loss in list(expected.items())[:first]:
         assert abs(got[step] - loss) <= BF16 * loss, f"step {step}: {got[step]} against {loss}"
 
 
@@ -59,5 +65,5 @@ def test_proxy_on_two_gpus_has_the_losses_of_one(tmp_path, division):
         code, output = finish(start(ranks, *choices, *extra, "--out", str(tmp_path / name)))
         assert code == 0, output
         found.append(losses(tmp_path / name))
-    assert_close(*({step: loss for step, loss in run.items() if step <= FIRST} for run in reversed(found)))
+    assert_close(found[1], found[0], FIRST)
     assert found[1][20] < 0.5 * found[1][1]
