@@ -18,6 +18,7 @@ Dimensions: P ranks, T rows of the batch (padded rows included), t = T/P local r
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
@@ -196,36 +197,24 @@ class PeerTransport:
         """A slot for the largest of the moves, so that the first of them allocates for all."""
         return self.arena.acquire(self.rows.shape[0] * self.columns.share_width * dtype.itemsize)
 
-    def _way_in(self) -> Route:
-        """Between the projection (near) and shares in natural order (far)."""
-        c, P = self.columns, self.columns.ranks
-        widths = {0: c.qk, c.qk: c.qk, 2 * c.qk: c.v, c.gates: c.heads, c.gates + c.heads: c.heads}
-        sections, far = [], 0
-        for start, width in widths.items():
-            sections.append(Section(start, width // P, far, width // P))
-            far += width // P
-        return Route(self._own_rows, tuple(sections), c.share_width, P, self.arena.rank)
-
     def send_in(self, projected: Tensor, keep_z: bool) -> tuple[RowBuffer, Tensor]:
         """See `Transport`: a push, which copies z too."""
         c = self.columns
         z = projected.narrow(1, c.conv, c.v)
         kept = torch.empty(z.shape, dtype=z.dtype, device=z.device) if keep_z else None
-        slot = self._acquire(projected.dtype)
-        exchange(projected, slot.addresses, self._way_in(), kept=kept, kept_column=c.conv, shape=self.shape)
+        route, slot = _way_in(c, self.arena.rank), self._acquire(projected.dtype)
+        exchange(projected, slot.addresses, route, self._own_rows, kept=kept, kept_column=c.conv, shape=self.shape)
         self.arena.settle()
         data = slot.view(self.rows.shape[0], c.share_width, projected.dtype)
         return RowBuffer(data, None, c.share_conv, transient=True), z if kept is None else kept
 
     def return_out(self, o: Tensor) -> HeadBuffer:
         """See `Transport`: a push of each peer's rows out of o."""
-        P, rank, share = self.columns.ranks, self.arena.rank, self.columns.v // self.columns.ranks
-        sections = (Section(0, 0, rank * share, share),)
-        slot = self._acquire(o.dtype)
-        route = Route(self.rows, sections, self.columns.v, P, rank, natural_near=True)
-        exchange(o, slot.addresses, route, shape=self.shape)
+        route, slot = _way_out(self.columns, self.arena.rank), self._acquire(o.dtype)
+        exchange(o, slot.addresses, route, self.rows, shape=self.shape)
         self.arena.settle()
-        return HeadBuffer(slot.view(o.shape[0] // P, self.columns.v, o.dtype).unsqueeze(0), transient=True)
+        data = slot.view(o.shape[0] // self.columns.ranks, self.columns.v, o.dtype)
+        return HeadBuffer(data.unsqueeze(0), transient=True)
 
     def out_grad_buffer(self, like: Tensor) -> Tensor:
         """See `Transport`: ordinary memory, all heads in one block."""
@@ -233,12 +222,10 @@ class PeerTransport:
 
     def send_out_grad(self, buffer: Tensor) -> Tensor:
         """See `Transport`: a push."""
-        P, share = self.columns.ranks, self.columns.v // self.columns.ranks
-        slot = self._acquire(buffer.dtype)
-        route = Route(self._own_rows, (Section(0, share, 0, share),), share, P, self.arena.rank)
-        exchange(buffer[0], slot.addresses, route, shape=self.shape)
+        route, slot = _out_grad_way(self.columns, self.arena.rank), self._acquire(buffer.dtype)
+        exchange(buffer[0], slot.addresses, route, self._own_rows, shape=self.shape)
         self.arena.settle()
-        return slot.view(self.rows.shape[0], share, buffer.dtype)
+        return slot.view(self.rows.shape[0], route.far_row, buffer.dtype)
 
     def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
         """See `Transport`: a slot, out of which the peers will read. No move may come before `return_in_grad`."""
@@ -248,6 +235,31 @@ class PeerTransport:
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
         """See `Transport`: a pull, which needs no memory beside `d_projected`."""
-        slot = self.arena.slot_of(buffer.data)
+        slot, route = self.arena.slot_of(buffer.data), _way_in(self.columns, self.arena.rank)
         self.arena.settle()
-        exchange(d_projected, slot.addresses, self._way_in(), pull=True, shape=self.shape)
+        exchange(d_projected, slot.addresses, route, self._own_rows, pull=True, shape=self.shape)
+
+
+@lru_cache(maxsize=64)
+def _way_in(c: MixerColumns, rank: int) -> Route:
+    """Between the projection (near) and shares in natural order (far)."""
+    widths = {0: c.qk, c.qk: c.qk, 2 * c.qk: c.v, c.gates: c.heads, c.gates + c.heads: c.heads}
+    sections, far = [], 0
+    for start, width in widths.items():
+        sections.append(Section(start, width // c.ranks, far, width // c.ranks))
+        far += width // c.ranks
+    return Route(tuple(sections), c.share_width, c.ranks, rank)
+
+
+@lru_cache(maxsize=64)
+def _way_out(c: MixerColumns, rank: int) -> Route:
+    """Between o of this rank's heads in natural order (near) and each rank's rows of all heads (far)."""
+    share = c.v // c.ranks
+    return Route((Section(0, 0, rank * share, share),), c.v, c.ranks, rank, natural_near=True)
+
+
+@lru_cache(maxsize=64)
+def _out_grad_way(c: MixerColumns, rank: int) -> Route:
+    """Between this rank's rows of all heads (near) and a share of heads in natural order (far)."""
+    share = c.v // c.ranks
+    return Route((Section(0, share, 0, share),), share, c.ranks, rank)

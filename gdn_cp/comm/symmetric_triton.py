@@ -28,9 +28,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -141,51 +140,56 @@ class Section:
     width: int
 
 
+class Runs(NamedTuple):
+    """A route's sections cut into runs of at most a tile's columns."""
+
+    table: Tensor  # int32 [R, 4], the wide ones first
+    wide: int
+    narrow: int
+    wide_divisor: int  # of all numbers of the wide ones
+    narrow_divisor: int
+    narrow_columns: int  # of their tiles
+
+
 @dataclass(frozen=True, eq=False)
 class Route:
-    """How a near tensor and the far ones, [*, far_stride], correspond.
+    """How a near tensor and the far ones, [*, far_row], correspond. Make it once: it keeps its tables.
 
     Attributes:
-        rows: int32 [t] (natural far) or [P*t] (`natural_near`): the natural row of each local row, of this rank or of
-            all in rank order; -1 - row where it is padding.
         sections: see `Section`.
-        far_stride: elements from row to row of the far tensors, the same on all ranks.
+        far_row: elements from row to row of the far tensors, the same on all ranks.
         ranks: P.
         rank: this one.
         natural_near: see the module.
     """
 
-    rows: Tensor
     sections: tuple[Section, ...]
-    far_stride: int
+    far_row: int
     ranks: int
     rank: int
     natural_near: bool = False
+    _runs: dict[tuple[int, torch.device], Runs] = field(default_factory=dict)
 
-    @property
-    def t(self) -> int:
-        """Rows of each rank."""
-        return self.rows.shape[0] // (self.ranks if self.natural_near else 1)
+    def runs(self, columns: int, device: torch.device) -> Runs:
+        """The runs for tiles of so many columns; copied to the device the first time."""
+        key = (columns, device)
+        if key not in self._runs:
+            with torch.inference_mode(False):
+                self._runs[key] = self._cut(columns, device)
+        return self._runs[key]
 
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)
-def _runs(
-    sections: tuple[Section, ...], columns: int, device: torch.device
-) -> tuple[Tensor, int, int, tuple[int, int, int]]:
-    """(runs int32 [R, 4] with the wide ones first, wide, narrow, (ALIGN, ALIGN_NARROW, BC_NARROW) in elements)."""
-    wide = [s for s in sections if s.width >= NARROW]
-    narrow = [s for s in sections if s.width < NARROW]
-    narrow_columns = triton.next_power_of_2(max((s.width for s in narrow), default=1))
-    cut = [(s, start, columns) for s in wide for start in range(0, s.width, columns)]
-    cut += [(s, 0, narrow_columns) for s in narrow]
-    runs = [(s.near + start, s.near_step, s.far + start, min(most, s.width - start)) for s, start, most in cut]
-    table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4)
-    if device.type == "cuda":
-        table = table.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would synchronise
-    count = len(runs) - len(narrow)
-    sizes = (_divisor(runs[:count]), _divisor(runs[count:]), narrow_columns)
-    return table, count, len(narrow), sizes
+    def _cut(self, columns: int, device: torch.device) -> Runs:
+        wide = [s for s in self.sections if s.width >= NARROW]
+        narrow = [s for s in self.sections if s.width < NARROW]
+        narrow_columns = triton.next_power_of_2(max((s.width for s in narrow), default=1))
+        cut = [(s, start, columns) for s in wide for start in range(0, s.width, columns)]
+        cut += [(s, 0, narrow_columns) for s in narrow]
+        runs = [(s.near + start, s.near_step, s.far + start, min(most, s.width - start)) for s, start, most in cut]
+        table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4)
+        if device.type == "cuda":
+            table = table.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would synchronise
+        count = len(runs) - len(narrow)
+        return Runs(table, count, len(narrow), _divisor(runs[:count]), _divisor(runs[count:]), narrow_columns)
 
 
 def _divisor(runs: Sequence[tuple[int, ...]]) -> int:
@@ -201,6 +205,7 @@ def exchange(
     near: Tensor,
     peers: Tensor,
     route: Route,
+    rows: Tensor,
     *,
     pull: bool = False,
     kept: Tensor | None = None,
@@ -213,32 +218,31 @@ def exchange(
         near: this rank's tensor.
         peers: int64 [P] on near's device, the address of each rank's far tensor, a multiple of 16.
         route: see there.
+        rows: int32 [t] (natural far) or [P*t] (natural near): the natural row of each local row, of this rank or of
+            all in rank order; -1 - row where it is padding.
         pull: read the far tensors instead of writing them.
         kept: [t, w], filled with w columns of near from `kept_column` on.
         kept_column: see `kept`.
         shape: of the tiles; None: the usual one.
     """
     assert near.stride(1) == 1
+    assert kept is None or kept.is_contiguous()
     shape = TileShape() if shape is None else shape
-    runs, wide, narrow, (wide_divisor, narrow_divisor, narrow_columns) = _runs(
-        route.sections, shape.columns, near.device
-    )
-    size, strides = near.element_size(), (near.stride(0), route.far_stride)
-    t = route.t
+    t = rows.shape[0] // (route.ranks if route.natural_near else 1)
     if not t:
         return
-    BR_narrow = min(1024, max(1, shape.rows * shape.columns // narrow_columns // 4))
-    if kept is not None:
-        assert kept.is_contiguous()
-        kept = kept.view(INTEGERS[size])
-    tiles = triton.cdiv(t, shape.rows) * max(wide, 1) * route.ranks
+    runs = route.runs(shape.columns, near.device)
+    size, strides = near.element_size(), (near.stride(0), route.far_row)
+    narrow_rows = min(1024, max(1, shape.rows * shape.columns // runs.narrow_columns // 4))
+    tiles = -(-t // shape.rows) * max(runs.wide, 1) * route.ranks
     exchange_kernel[(min(tiles, shape.programs),)](
-        near.view(INTEGERS[size]), peers, route.rows, runs, wide, narrow, t, route.rank, kept,
-        P=route.ranks, NEAR_ROW=near.stride(0), FAR_ROW=route.far_stride, NATURAL_NEAR=route.natural_near, PULL=pull,
-        ALIGN=_alignment(wide_divisor, strides, size), ALIGN_NARROW=_alignment(narrow_divisor, strides, size),
-        BR=shape.rows, BC=shape.columns, BR_NARROW=triton.next_power_of_2(BR_narrow), BC_NARROW=narrow_columns,
-        HAS_NARROW=narrow > 0, KEPT_COLUMN=kept_column, KEPT_WIDTH=0 if kept is None else kept.shape[1],
-        num_warps=shape.num_warps,
+        near.view(INTEGERS[size]), peers, rows, runs.table, runs.wide, runs.narrow, t, route.rank,
+        None if kept is None else kept.view(INTEGERS[size]),
+        P=route.ranks, NEAR_ROW=near.stride(0), FAR_ROW=route.far_row, NATURAL_NEAR=route.natural_near, PULL=pull,
+        ALIGN=_alignment(runs.wide_divisor, strides, size), BR=shape.rows, BC=shape.columns,
+        ALIGN_NARROW=_alignment(runs.narrow_divisor, strides, size), HAS_NARROW=runs.narrow > 0,
+        BR_NARROW=triton.next_power_of_2(narrow_rows), BC_NARROW=runs.narrow_columns,
+        KEPT_COLUMN=kept_column, KEPT_WIDTH=0 if kept is None else kept.shape[1], num_warps=shape.num_warps,
     )  # fmt: skip
 
 
