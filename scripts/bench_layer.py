@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import tyro
+from bench_layer_compile import compile_ahead
 from bench_layer_pair import (
     OURS,
     THEIRS,
@@ -31,7 +32,6 @@ from bench_layer_pair import (
     Widths,
     build_ours,
     build_theirs,
-    compile_theirs_ahead,
     describe_to_ours,
     describe_to_theirs,
     layer_config,
@@ -96,7 +96,7 @@ class Options:
     calls: int = 4
     """Calls in a row in each round."""
     shares: int = 12
-    """Processes that compile flash-linear-attention's kernels ahead; 0: they are compiled as they are met."""
+    """Processes that compile flash-linear-attention's kernels ahead; 0: everything is compiled as it is met."""
 
 
 @dataclass
@@ -248,10 +248,15 @@ def list_kernels(rows: list[Row], steps: dict[str, Callable], world: World) -> N
             row.kernels = [asdict(kernel) for kernel in kernels]
 
 
-def print_table(rows: list[Row], world: World) -> None:
-    """A line for each row; x = times faster than megatron's in the same case, and the share of its memory."""
-    world.say("\nmilliseconds of forward and backward; KiB per local token kept after the forward, and at the peak")
+def print_header(world: World) -> None:
+    """What the columns of `print_rows` are."""
+    world.say("\nmilliseconds of forward and backward; KiB per local token kept after the forward, and at the peak;")
+    world.say("x = times faster than megatron's layer, and the share of its peak")
     world.say(f"{'case':12} {'layer':13} {'eager':>8} {'x':>5} {'graph':>8} {'kept':>6} {'peak':>6} {'of theirs':>9}")
+
+
+def print_rows(rows: list[Row], world: World) -> None:
+    """A line for each row."""
     theirs = {row.case: row for row in rows if row.contender == THEIRS}
     for row in rows:
         other = theirs.get(row.case)
@@ -284,15 +289,21 @@ def build_layers(options: Options, world: World) -> tuple[Layers, dict[str, str]
         torch.distributed.broadcast(parameter.data, 0, group=world.group)
     if theirs is not None:
         share_weights(ours, theirs)
-    divisors = [a for a in range(world.size, 0, -1) if world.size % a == 0]
-    return Layers(ours, theirs, options.a2a_sizes or tuple(divisors)), notes
+    return Layers(ours, theirs, options.a2a_sizes or divisors(world.size)), notes
+
+
+def divisors(ranks: int) -> tuple[int, ...]:
+    """Every a2a_size, the largest first."""
+    return tuple(a for a in range(ranks, 0, -1) if ranks % a == 0)
 
 
 def main(options: Options) -> int:
     """Check, time, write, print; 1 if a result of this package is wrong."""
     started = time.monotonic()
     if options.theirs and options.shares and DEVICE.type == "cuda" and local_rank() == 0:
-        compile_theirs_ahead(options.widths, int(os.environ.get("WORLD_SIZE", "1")), options.shares)
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        compile_ahead(options.widths, ranks, options.a2a_sizes or divisors(ranks), options.shares)
+        print(f"{time.monotonic() - started:.0f} s: compiled ahead", flush=True)
     world = join_world()
     start_megatron(world.size, world.device)
     quicken_autotuner()
@@ -308,6 +319,7 @@ def main(options: Options) -> int:
         leave_world(world)
         return 1
     rows: list[Row] = []
+    print_header(world)
     for name in options.cases:
         found, steps = measure_case(name, layers, options, world)
         if name in options.breakdown:
@@ -315,12 +327,14 @@ def main(options: Options) -> int:
         if name in options.graphs:
             replay_graphs(found, steps, options, world)
         rows += found
-        world.say(f"{time.monotonic() - started:.0f} s: {name} done")
+        print_rows(found, world)
         if world.rank == 0:
             write_json(options.output, {**content, "rows": [asdict(row) for row in rows]})
     for name, note in notes.items():
         world.say(f"note: {name}: {note}")
-    print_table(rows, world)
+    print_header(world)
+    print_rows(rows, world)
+    world.say(f"{time.monotonic() - started:.0f} s in all")
     leave_world(world)
     return 0
 

@@ -6,13 +6,11 @@ Dimensions: t local rows, T rows of the batch, h hidden size, H query/key heads,
 from __future__ import annotations
 
 import importlib.metadata
-import multiprocessing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kernel_cases import Contender, load_fla
-from kernel_timing import compile_share_only
+from kernel_cases import load_fla
 from torch import Tensor, nn
 
 from gdn_cp.comm.layout import ThdLayout
@@ -157,49 +155,3 @@ def describe_to_theirs(layout: ThdLayout) -> Any:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
-
-
-def compile_theirs_ahead(widths: Widths, cp_size: int, shares: int) -> None:
-    """Compile the configurations that flash-linear-attention's autotuners try, in `shares` processes at once."""
-    with multiprocessing.get_context("spawn").Pool(shares) as pool:
-        pool.starmap(_compile_share, [(widths, cp_size, share, shares) for share in range(shares)], chunksize=1)
-
-
-def _compile_share(widths: Widths, cp_size: int, share: int, shares: int) -> None:
-    """Run what the layer calls, on a rank's heads and few tokens; a failure is met again, and told, by the layer."""
-    torch.cuda.set_device(share % torch.cuda.device_count())
-    compile_share_only(share, shares)
-    fla = load_fla()
-    if not isinstance(fla, Contender):
-        return
-    from fla.modules.convolution import causal_conv1d  # pyright: ignore[reportMissingImports]
-    from fla.modules.l2norm import l2norm  # pyright: ignore[reportMissingImports]
-
-    heads, width = widths.value_heads // cp_size, widths.head_dim
-    channels = (2 * widths.key_heads + widths.value_heads) // cp_size * width
-    bounds = torch.tensor([0, 1024, 4096], dtype=torch.int32, device="cuda")
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.rand(*shape, dtype=torch.bfloat16, device="cuda").requires_grad_()
-
-    try:
-        qkv, _ = causal_conv1d(
-            x=leaf(1, 4096, channels),
-            weight=leaf(channels, widths.conv),
-            bias=None,
-            activation="silu",
-            initial_state=None,
-            output_final_state=False,
-            cu_seqlens=bounds,
-        )
-        qkv.sum().backward()
-        l2norm(leaf(1, 4096, 2 * widths.key_heads // cp_size, width)).sum().backward()
-        o, _ = fla.call(
-            *(leaf(1, 4096, heads, width) for _ in range(3)),
-            g=torch.zeros(1, 4096, heads, device="cuda", requires_grad=True),
-            beta=leaf(1, 4096, heads),
-            cu_seqlens=bounds,
-        )
-        o.sum().backward()
-    except Exception as error:
-        print(f"while compiling ahead: {type(error).__name__}: {str(error)[:200]}", flush=True)
