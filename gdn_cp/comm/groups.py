@@ -11,6 +11,8 @@ Example, P = 4, a = 2: a2a groups {0 1} {2 3}, state groups {0 2} {1 3}.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -66,10 +68,9 @@ def cp_groups(group: dist.ProcessGroup, a2a_size: int, timeout: timedelta | None
     """Return this rank's a2a group and state group within `group`.
 
     The first call for a pair (group, a2a_size) with 1 < a2a_size < size is collective over `group`: all its ranks make
-    it, in the same order relative to the other groups that they make. It creates two groups with
-    `new_group(..., use_local_synchronization=True)`, so ranks outside `group` need not take part; PyTorch then asks
-    that the ranks of `group` are members of equally many groups. Later calls for the pair, and calls for the sizes 1
-    and all, communicate nothing. The groups end with `dist.destroy_process_group()`; `group` itself is not kept alive.
+    it, in the same order relative to their other collectives. Ranks outside `group` need not take part. Later calls
+    for the pair, and calls for the sizes 1 and all, communicate nothing. The groups end with
+    `dist.destroy_process_group()`; `group` itself is not kept alive, and a group made anew gets new ones.
     Call once before capturing a CUDA graph. `timeout` is that of the new groups' collectives; None: PyTorch's default.
 
     Raises ValueError, before any collective, if a2a_size does not divide the group's size.
@@ -96,10 +97,53 @@ def check_a2a_size(a2a_size: int, cp_size: int) -> int:
 
 def _make_groups(group: dist.ProcessGroup, a2a_size: int, timeout: timedelta | None) -> _Pair:
     ranks = dist.get_process_group_ranks(group)  # global ranks
-    index, head = divmod(group.rank(), a2a_size)
-    neighbours = ranks[index * a2a_size : (index + 1) * a2a_size]
-    a2a = dist.new_group(neighbours, timeout, use_local_synchronization=True, group_desc="gdn_cp_a2a")
-    states = dist.new_group(ranks[head::a2a_size], timeout, use_local_synchronization=True, group_desc="gdn_cp_states")
-    assert isinstance(a2a, dist.ProcessGroup)
-    assert isinstance(states, dist.ProcessGroup)
-    return a2a, states
+    size, (index, head) = len(ranks), divmod(group.rank(), a2a_size)
+    neighbours = [list(range(first, first + a2a_size)) for first in range(0, size, a2a_size)]
+    same_heads = [list(range(first, size, a2a_size)) for first in range(a2a_size)]
+    wanted = ((neighbours, index, "gdn_cp_a2a"), (same_heads, head, "gdn_cp_states"))
+    made = []
+    with _unused_names(group):
+        for parts, mine, description in wanted:
+            if _splits(group):
+                part = dist.split_group(group, parts, timeout=timeout, group_desc=description)
+            else:
+                members = [ranks[member] for member in parts[mine]]
+                part = dist.new_group(members, timeout, use_local_synchronization=True, group_desc=description)
+            assert isinstance(part, dist.ProcessGroup)
+            made.append(part)
+    return made[0], made[1]
+
+
+def _splits(group: dist.ProcessGroup) -> bool:
+    """Whether subgroups have to be split from `group`.
+
+    Where the world is bound to devices (`init_process_group(device_id=...)`), `new_group` splits NCCL's communicator of
+    the whole world, for which ranks outside `group` would have to call too.
+    """
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD.bound_device_id is not None and "nccl" in dist.get_backend(group)
+
+
+_names_used = 0
+
+
+@contextmanager
+def _unused_names(group: dist.ProcessGroup) -> Iterator[None]:
+    """Let the ranks of `group` make groups of equal names, which none of them has used before.
+
+    PyTorch names a locally synchronised group after its ranks and the number of groups that this process is in. Where
+    that number differs (members of other groups, too) the ranks wait for each other for ever; where a group was
+    destroyed it recurs, and the new group meets the old one's addresses in the store. So all agree on a number that is
+    new to each of them, and reach it with groups of their own, which cost nothing and end here.
+    """
+    global _names_used
+    world = getattr(dist.distributed_c10d, "_world", None)
+    names = getattr(world, "pg_names", ())
+    proposals: list[int] = [0] * group.size()
+    dist.all_gather_object(proposals, max(len(names), _names_used), group=group)
+    alone = [dist.get_rank()]
+    fillers = [dist.new_group(alone, use_local_synchronization=True) for _ in range(max(proposals) - len(names))]
+    yield
+    _names_used = max(proposals) + 2
+    for filler in fillers:
+        dist.destroy_process_group(filler)

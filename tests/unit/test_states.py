@@ -194,3 +194,31 @@ def test_groups_of_neighbours_and_of_same_heads(run_ranks):
 
 def test_accumulated_bounds_are_what_the_cases_say():
     assert build("batched", [0, *accumulate([8, 8])], 2).cu_seqlens == (0, 8, 16)
+
+
+def sum_over(group: dist.ProcessGroup | None) -> int:
+    assert group is not None
+    number = torch.tensor(2 ** dist.get_rank())
+    dist.all_reduce(number, group=group)
+    return int(number)
+
+
+def make_groups_anew(rank: int, world: int) -> list[tuple[int, int]]:
+    """Sums of 2^rank over both groups, made three times over for a group that comes and goes."""
+    if rank == 3:  # is in more groups than the others
+        dist.new_group([3], use_local_synchronization=True)
+    sums = []
+    for _ in range(3):
+        parent = dist.new_group(list(range(world)))
+        assert parent is not None
+        groups = cp_groups(parent, 2)
+        sums.append((sum_over(groups.a2a), sum_over(groups.states)))
+        for group in (groups.a2a, groups.states, parent):
+            dist.destroy_process_group(group)
+        del groups, parent
+    return sums
+
+
+def test_groups_are_made_anew_and_where_ranks_are_in_different_numbers_of_groups(run_ranks):
+    for rank, sums in enumerate(run_ranks(make_groups_anew, 4, timeout=60.0)):
+        assert sums == [([3, 12][rank // 2], [5, 10][rank % 2])] * 3
