@@ -27,11 +27,11 @@ from gdn_cp.comm.layout import SegmentTable, ThdLayout
 from gdn_cp.kernels.conv1d import causal_conv1d
 from gdn_cp.kernels.segments import (
     RuleOptions,
+    SegmentRule,
     TokenInputs,
-    begin_backward,
+    begin_segment_backward,
     merge_states,
     run_rule,
-    summarise_segments,
 )
 
 
@@ -95,8 +95,8 @@ def state_passing_delta_rule(
         o [1, T, HV, V] in v's dtype. Differentiable once in every tensor of `inputs`.
 
     Two all-to-alls of states forward and two backward over `groups.states`, in float32 (float64 for float64), none
-    if no sequence crosses ranks. Kept for the backward: the inputs, the states that enter this rank's segments, and
-    the M of the chains that this rank composes. The rule itself is run anew in the backward.
+    if no sequence crosses ranks. Kept for the backward: the inputs, the states that enter this rank's segments, the M
+    of the chains that this rank composes, and what Triton's rule keeps; the plain torch rule is run anew.
     """
     table = layout.segments(groups.a2a_size, groups.group_index)
     routes = states.state_routes(layout, groups.a2a_size, groups.group_index, inputs.v.shape[2])
@@ -116,20 +116,10 @@ class _Call:
     group: dist.ProcessGroup
     truncate: bool
 
-    def entering_states(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+    def entering_states(self, rule: SegmentRule) -> tuple[Tensor, Tensor]:
         """The states [n, HV, K, V] that enter this rank's segments, and the M of the chains that it composes."""
-        first, last = self.routes.summarised
-        if first < last:
-            start, end = self.table.cu_seqlens[first], self.table.cu_seqlens[last]
-            bounds = self.table.cu_seqlens_tensor[first : last + 1] - start
-            part = inputs.narrow(start, end)
-            ext, transfer = summarise_segments(part, self.options, bounds, truncate=self.truncate)
-        else:
-            HV, V, K = *inputs.v.shape[2:], inputs.k.shape[-1]
-            dtype = torch.float64 if inputs.v.dtype == torch.float64 else torch.float32
-            ext = inputs.v.new_empty(0, HV, K, V, dtype=dtype)
-            transfer = inputs.v.new_empty(0, HV, K, K, dtype=dtype)
-        ext, transfer = states.send_summaries(self.routes, ext, transfer, self.group)
+        (ext, transfer), first = rule.summarise()
+        ext, transfer = states.send_summaries(self.routes, ext, transfer, self.group, first)
         merged = merge_states(ext, transfer, self.routes.active)
         return states.return_states(self.routes, merged, self.group), transfer
 
@@ -145,20 +135,30 @@ class _StatePassing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
         inputs = TokenInputs(*tensors)  # type: ignore[arg-type]
-        entering, transfer = call.entering_states(inputs)
+        bounds, routes = call.table.cu_seqlens_tensor, call.routes
+        rule = SegmentRule(inputs, call.options, bounds, routes.roles, routes.summarised, truncate=call.truncate)
+        entering, transfer = call.entering_states(rule)
+        o = rule.run(entering)
+        kept, ctx.piece_chunks = rule.kept()
         ctx.call = call
-        ctx.save_for_backward(*tensors, entering, transfer)
-        return run_rule(inputs, call.options, call.table.cu_seqlens_tensor, entering)[0]
+        ctx.save_for_backward(*tensors, entering, transfer, *kept)
+        return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         call: _Call = ctx.call
-        *tensors, entering, transfer = ctx.saved_tensors
         needed = ctx.needs_input_grad[1:]
-        pending = begin_backward(
-            TokenInputs(*tensors), call.options, call.table.cu_seqlens_tensor, entering, grads[0], needed
+        tensors, (entering, transfer, *kept) = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        pending = begin_segment_backward(
+            TokenInputs(*tensors),
+            call.options,
+            call.table.cu_seqlens_tensor,
+            call.routes.roles,
+            (tuple(kept), ctx.piece_chunks),
+            entering,
+            grads[0],
+            needed,
         )
         d_leaving = call.leaving_gradients(pending.state_gradient(), transfer)
-        results = iter(pending.finish(d_leaving))
-        return None, *(next(results) if wanted else None for wanted in needed)
+        return None, *pending.finish(d_leaving)

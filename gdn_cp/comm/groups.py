@@ -146,4 +146,5 @@ def _unused_names(group: dist.ProcessGroup) -> Iterator[None]:
     yield
     _names_used = max(proposals) + 2
     for filler in fillers:
+        assert isinstance(filler, dist.ProcessGroup)
         dist.destroy_process_group(filler)

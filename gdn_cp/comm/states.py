@@ -57,7 +57,8 @@ class StateRoutes:
     `leaving` is for the state (or its gradient) behind a segment, of every segment but a chain's last; `entering` for
     that before a segment, of every one but the first; `transfer` for M, of those that are neither. `active` are the
     units that this rank composes, per step, as `merge_states` takes it. `summarised` is the range of segments [a, b)
-    that covers all of which someone needs a summary. `travels` is whether any rank sends anything: the same on all.
+    that covers all of which someone needs a summary. `roles` int32 [n] has, for each segment of this rank, 1 if a state
+    enters it plus 2 if its state goes on. `travels` is whether any rank sends anything: the same on all.
     """
 
     segments: int
@@ -67,6 +68,7 @@ class StateRoutes:
     transfer: Route
     active: tuple[int, ...]
     summarised: tuple[int, int]
+    roles: Tensor
     travels: bool
 
 
@@ -93,22 +95,23 @@ def state_routes(layout: ThdLayout, a2a_size: int, group_index: int, heads: int)
 
 
 def send_summaries(
-    routes: StateRoutes, ext: Tensor, transfer: Tensor, group: dist.ProcessGroup
+    routes: StateRoutes, ext: Tensor, transfer: Tensor, group: dist.ProcessGroup, first: int
 ) -> tuple[Tensor, Tensor]:
     """Forward, first half: every S_ext and M to its composer, in one all-to-all.
 
     Args:
         routes: see `state_routes`.
-        ext: [b-a, HV, K, V] for the segments [a, b) of `routes.summarised`.
+        ext: [b-a, HV, K, V] of the segments [a, b), which cover those of `routes.summarised`.
         transfer: [b-a, HV, K, K].
         group: the state group.
+        first: a.
 
     Returns:
         ext [sum(active), K, V] and transfer [sum(active[1:]), K, K] as `merge_states` takes them.
     """
-    first = routes.summarised[0] * routes.heads
+    skipped = first * routes.heads
     parts = [
-        (x.flatten(0, 1).index_select(0, route.rows - first), route)
+        (x.flatten(0, 1).index_select(0, route.rows - skipped if skipped else route.rows), route)
         for x, route in ((ext, routes.leaving), (transfer, routes.transfer))
     ]
     received = _exchange(parts, group, to_composers=True)
@@ -197,15 +200,19 @@ def _build_routes(layout: ThdLayout, a2a_size: int, me: int, heads: int) -> Stat
     leaving, entering = links.position < links.length - 1, links.position > 0
     forward, reverse = links.position, links.length - 1 - links.position  # steps of a segment's own law
     build = _RouteBuilder(links, me, groups, place, active, layout.device)
-    slots = links.row[leaving & (links.member == me)] // heads
+    slots, segments = links.row[leaving & (links.member == me)] // heads, len(layout.segments(a2a_size, me).starts)
+    roles = np.zeros(segments, dtype=np.int64)
+    roles[links.row[entering & (links.member == me)] // heads] = 1
+    roles[slots] += 2  # numpy adds once where a slot is named for each of its heads
     return StateRoutes(
-        segments=len(layout.segments(a2a_size, me).starts),
+        segments=segments,
         heads=heads,
         leaving=build(leaving, forward, reverse - 1),
         entering=build(entering, forward - 1, reverse),
         transfer=build(leaving & entering, forward, reverse, skipped_steps=1),
         active=active,
         summarised=(int(slots.min()), int(slots.max()) + 1) if slots.size else (0, 0),
+        roles=to_device(roles, layout.device).int(),
         travels=links.unit.size > 0,
     )
 

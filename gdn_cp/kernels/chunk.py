@@ -36,6 +36,7 @@ def chunk_gated_delta_rule(
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
     backend: str | None = None,
+    intra_card: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated delta rule over whole sequences, in chunks.
 
@@ -64,6 +65,10 @@ def chunk_gated_delta_rule(
         cu_seqlens: int32 or int64 [N + 1] on q's device, the row at which each packed sequence starts and, last, T. B
             must be 1. Its content is checked when it is on the CPU; on a GPU only the plain torch backends read it.
         backend: "triton", "reference", "recurrent" or "auto"; None for the environment variable GDN_CP_BACKEND.
+        intra_card: chunks of 64 tokens to a piece, into which Triton's kernels cut sequences to work on several pieces
+            of one at once; 0 never cuts. None: what the environment variable GDN_CP_PIECE_CHUNKS says, else cut where
+            few sequences and heads would leave multiprocessors idle. With a fixed number, results have the same bits
+            whatever the number of heads on a card.
 
     Returns:
         o [B, T, HV, V] in v's dtype, and the final state [N, HV, K, V] in float32, or None.
@@ -73,31 +78,25 @@ def chunk_gated_delta_rule(
 
     Source: Gated Delta Networks (arXiv 2412.06464); the names are flash-linear-attention's.
     """
-    _check_inputs(q, k, v, g, beta)
-    _check_flags(
-        output_final_state=output_final_state,
-        use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-        state_v_first=state_v_first,
-    )
-    _check_gate(g, beta, use_gate_in_kernel, A_log, dt_bias, use_beta_sigmoid_in_kernel)
-    _check_sequences(q, cu_seqlens)
-    _check_state(q, v, initial_state, state_v_first, cu_seqlens)
     flags: dict[str, Any] = {
         "use_qk_l2norm_in_kernel": use_qk_l2norm_in_kernel,
         "use_gate_in_kernel": use_gate_in_kernel,
         "use_beta_sigmoid_in_kernel": use_beta_sigmoid_in_kernel,
         "state_v_first": state_v_first,
     }
-    tensors = (q, k, v, g, beta, initial_state, A_log, dt_bias)
-    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    call = _describe(q, v, g, beta, initial_state, output_final_state, cu_seqlens, needs_grad, flags)
-    return _IMPLEMENTATIONS[choose_backend(call, backend).backend](
+    call = describe_call(q, k, v, g, beta, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, flags)
+    choice = choose_backend(call, backend).backend
+    if choice == "triton":
+        flags["intra_card"] = check_intra_card(intra_card)
+    else:
+        check_intra_card(intra_card)
+    return _IMPLEMENTATIONS[choice](
         q,
         k,
         v,
         g,
         beta,
-        _checked_scale(scale, q.shape[-1]),
+        checked_scale(scale, q.shape[-1]),
         initial_state,
         output_final_state,
         A_log=A_log,
@@ -120,17 +119,34 @@ _IMPLEMENTATIONS = {
 }
 
 
-def _describe(
+def describe_call(
     q: Tensor,
+    k: Tensor,
     v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
     initial_state: Tensor | None,
     output_final_state: bool,
+    A_log: Tensor | None,
+    dt_bias: Tensor | None,
     cu_seqlens: Tensor | None,
-    needs_grad: bool,
     flags: dict[str, bool],
 ) -> DeltaRuleCall:
+    """Check all arguments of a call but `scale`, `backend` and `intra_card`, and say what backends need to know of it.
+
+    `flags` are the switches by name, all four. Raises as `chunk_gated_delta_rule`.
+    """
+    _check_inputs(q, k, v, g, beta)
+    _check_flags(
+        output_final_state=output_final_state,
+        use_qk_l2norm_in_kernel=flags["use_qk_l2norm_in_kernel"],
+        state_v_first=flags["state_v_first"],
+    )
+    _check_gate(g, beta, flags["use_gate_in_kernel"], A_log, dt_bias, flags["use_beta_sigmoid_in_kernel"])
+    _check_sequences(q, cu_seqlens)
+    _check_state(q, v, initial_state, flags["state_v_first"], cu_seqlens)
+    tensors = (q, k, v, g, beta, initial_state, A_log, dt_bias)
+    needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     return DeltaRuleCall(
         device_type=q.device.type,
@@ -248,7 +264,8 @@ def _check_state(q: Tensor, v: Tensor, state: Tensor | None, v_first: bool, cu_s
     _check_device("initial_state", state, q)
 
 
-def _checked_scale(scale: float | None, K: int) -> float:
+def checked_scale(scale: float | None, K: int) -> float:
+    """`scale`, or K**-0.5 for None; TypeError or ValueError for what is no finite number."""
     if scale is None:
         return K**-0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
@@ -256,3 +273,14 @@ def _checked_scale(scale: float | None, K: int) -> float:
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
+
+
+def check_intra_card(intra_card: int | None) -> int | None:
+    """`intra_card` if it is None or a number of chunks that is not negative; else TypeError or ValueError."""
+    if intra_card is None:
+        return None
+    if isinstance(intra_card, bool) or not isinstance(intra_card, int):
+        raise TypeError(f"intra_card must be a number of chunks or None, got {intra_card!r}")
+    if intra_card < 0:
+        raise ValueError(f"intra_card must be a number of chunks, 0 for no cut, or None to choose, got {intra_card}")
+    return intra_card

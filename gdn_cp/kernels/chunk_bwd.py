@@ -5,30 +5,31 @@
 The states and their gradients of all chunks are by far the largest buffers: 4 K V bytes for each chunk and value head,
 in a 16-bit type. So a long batch is worked on in slices of consecutive chunks, last slice first, which share one set of
 buffers: the gradient of the state is carried from slice to slice, and the state at the start of each slice was kept by
-the forward (`checkpoints`).
+the forward (`checkpoints`). Where sequences are cut into pieces, or continued on other ranks, the gradients alone are
+walked over all slices first, from which the gradient at the end of each piece, or before each segment, follows.
 
 Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, N sequences, C = 64, NT chunks (bound).
 """
 
 from __future__ import annotations
 
-import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gdn_cp.kernels.chunk_bwd_chains import chains_kernel, merge_gradients_kernel
+from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
 from gdn_cp.kernels.chunk_bwd_local import (
     dk_kernel,
     dq_kernel,
     gate_gradients_kernel,
     scores_kernel,
 )
+from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
-from gdn_cp.kernels.configs import PIECES_VARIABLE, bulk_copy_fits, capability, dot_precision, launches, multiprocessors
+from gdn_cp.kernels.configs import bulk_copy_fits, capability, dot_precision, launches, multiprocessors
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
@@ -122,6 +123,7 @@ def chunk_gated_delta_rule_bwd(
     checkpoints: Tensor | None = None,
     piece_states: tuple[Tensor, Tensor] | None = None,
     piece_chunks: int = 0,
+    slices: Slices | None = None,
 ) -> Gradients:
     """Gradients of `chunk_gated_delta_rule` from those of its output and final state.
 
@@ -134,28 +136,31 @@ def chunk_gated_delta_rule_bwd(
         checkpoints: [ceil(NT / L), HV, K, V] float32, states before chunks 0, L, 2L, .. with L = slice_chunks(NT, ...);
             None: everything in one slice.
         piece_states: with sequences cut into pieces of piece_chunks chunks, the state at the start of each piece
-            [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in;
-            with checkpoints too, one of them is used.
+            [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in.
+        slices: what `start_backward` gave for the same arguments, if it was called before.
 
     Returns:
         Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
     """
-    (B, T, _, K), (HV, V) = q.shape, v.shape[2:]
-    if checkpoints is not None and piece_states is not None:
-        # Equal bits for any number of heads were asked for by fixing the pieces; else memory comes first.
-        checkpoints, piece_states = (None, piece_states) if PIECES_VARIABLE in os.environ else (checkpoints, None)
-    tables = chunk_tables(B, T, cu_seqlens, q.device, 0 if piece_states is None else piece_chunks)
-    NT = tables.num_chunks
+    run = slices or start_backward(
+        do, q, k, v, prepared, cu_seqlens, scale=scale, sliced=checkpoints is not None, piece_chunks=piece_chunks
+    )
+    tables, HV = run.tables, run.HV
     out = _allocate(q, k, v, g, beta, tables.num_sequences if need_dh0 else None, state_v_first)
     # Shares of the chunks in dA_log and ddt_bias.
-    parts = torch.empty(NT, 2, HV, dtype=torch.float32, device=q.device) if use_gate_in_kernel else None
-    length = NT if checkpoints is None else slice_chunks(NT, HV, K, V, q.element_size())
-    run = _Slices(q, k, v, do, prepared, tables, scale, max(min(length, NT), 1), out)
+    parts = None
+    if use_gate_in_kernel:
+        parts = torch.empty(tables.num_chunks, 2, HV, dtype=torch.float32, device=q.device)
+    initial_state, dht = dense(initial_state), dense(dht)
+    starts = ends = None
+    if piece_states is not None:
+        starts, sums = piece_states
+        ends = piece_gradients(run.summarise(dht, state_v_first), sums, tables.pieces)
     for index, c0, c1 in run.bounds():
         checkpoint = None if checkpoints is None else checkpoints[index]
-        run.chains(index, c0, c1, initial_state, dht, checkpoint, piece_states, state_v_first)
+        run.chains(index, c0, c1, initial_state, dht, checkpoint, starts, ends, out, state_v_first)
         if c1 > c0:
-            dG = run.local(c0, c1, g is not None, use_beta_sigmoid_in_kernel)
+            dG = run.local(c0, c1, out, g is not None, use_beta_sigmoid_in_kernel)
             if g is not None:
                 gate_gradients_kernel[((c1 - c0) * HV,)](
                     dG, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, parts, c0, g.stride(1), g.stride(2),
@@ -168,28 +173,59 @@ def chunk_gated_delta_rule_bwd(
     return out._replace(dA_log=dA_log, ddt_bias=ddt_bias.clone() if dt_bias is not None else None)
 
 
-class _Slices:
+@launches
+def start_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, cu_seqlens: Tensor | None, *, scale: float,
+    sliced: bool, piece_chunks: int = 0,
+) -> Slices:  # fmt: skip
+    """The backward of one batch before anything is launched; arguments as `chunk_gated_delta_rule_bwd`'s.
+
+    `sliced`: whether the forward kept checkpoints.
+    """
+    B, T, HV, V = v.shape
+    tables = chunk_tables(B, T, cu_seqlens, q.device, piece_chunks)
+    NT = tables.num_chunks
+    length = slice_chunks(NT, HV, q.shape[3], V, q.element_size()) if sliced else NT
+    return Slices(q, k, v, do, prepared, tables, scale, max(min(length, NT), 1))
+
+
+@launches
+def segment_gradients(do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None) -> Tensor:
+    """dS_ext [N, HV, K, V] float32: the gradient before each segment that a state enters if that behind it is zero.
+
+    Args:
+        do: gradient of the output, as given to `start_backward`.
+        run: what that returned.
+        roles: int32 [N], see `chunk_pieces`; the rest of the result is not written.
+        sums: the forward's summaries [NP, HV, K, V + K] where segments are cut into pieces.
+    """
+    summaries = run.summarise(None, False, roles)
+    if sums is None:
+        return summaries
+    return whole_gradients(summaries, sums, run.tables.pieces, roles)
+
+
+class Slices:
     """The launches over the slices of one batch, which share their buffers."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, prepared: Prepared, tables: ChunkTables, scale: float,
-        size: int, out: Gradients,
+        size: int,
     ) -> None:  # fmt: skip
-        self.q, self.k, self.v, self.do, self.out = q, k, v, do, out
+        self.q, self.k, self.v, self.do = q, k, v, do
         self.prepared, self.tables, self.scale, self.size = prepared, tables, scale, size
         self.H, self.K = q.shape[2:]
         self.HV, self.V = v.shape[2:]
-        HV, K, V = self.HV, self.K, self.V
-        self.config = backward_config(q.device, q.dtype, K, V, tables.num_pieces * HV)
+        self.config = backward_config(q.device, q.dtype, self.K, self.V, tables.num_pieces * self.HV)
         self.tma = self.config.tma and bulk_copy_fits(q, k, v, do)
         self.constants = {
-            "H": self.H, "HV": HV, "K": K, "V": V, "BK": max(16, triton.next_power_of_2(K)), "C": CHUNK,
-            "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
+            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": max(16, triton.next_power_of_2(self.K)),
+            "C": CHUNK, "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
         }  # fmt: skip
-        self.h, self.dh = (torch.empty(size, HV, K, V, dtype=q.dtype, device=q.device) for _ in range(2))
+        self.products: tuple[Tensor, Tensor | None] | None = None
+        self.h: Tensor | None = None
+        self.dh: Tensor | None = None
         self.carries: Tensor | None = None
-        if size < tables.num_chunks:
-            self.carries = torch.empty(2, HV, K, V, dtype=torch.float32, device=q.device)
 
     def bounds(self) -> list[tuple[int, int, int]]:
         """(index, first chunk, end) of each slice, last slice first; one empty slice where there is no chunk."""
@@ -197,45 +233,74 @@ class _Slices:
         starts = range(0, max(NT, 1), self.size)
         return [(index, c0, min(c0 + self.size, NT)) for index, c0 in reversed(list(enumerate(starts)))]
 
+    def summarise(self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None) -> Tensor:
+        """The gradient [NP, HV, K, V] of the state before each piece, from that behind it: zero, `dht` for last pieces.
+
+        Of all pieces but the first of each sequence; with `roles`, of all pieces of the segments that a state enters.
+        """
+        shape = (self.tables.num_pieces, self.HV, self.K, self.V)
+        summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
+        for index, c0, c1 in self.bounds():
+            absent = [None] * 3  # states of the forward
+            self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 4, summaries, state_v_first)
+        return summaries
+
     def chains(
         self, index: int, c0: int, c1: int, initial_state: Tensor | None, dht: Tensor | None, checkpoint: Tensor | None,
-        piece_states: tuple[Tensor, Tensor] | None, state_v_first: bool,
+        starts: Tensor | None, ends: Tensor | None, out: Gradients, state_v_first: bool,
     ) -> None:  # fmt: skip
         """States and state gradients of chunks c0 .. c1 - 1 into h and dh, M into dv; dh0 of sequences that begin."""
+        if self.h is None:
+            shape = (self.size, self.HV, self.K, self.V)
+            self.h, self.dh = (torch.empty(shape, dtype=self.q.dtype, device=self.q.device) for _ in range(2))
+        bv = self.config.chains[0]
+        results = (self.matrices(self.h, bv), self.matrices(self.dh, bv), out.dv, out.dh0)
+        states = (None, initial_state, starts, checkpoint, dht, ends)
+        self._walk(index, c0, c1, states, results, None, state_v_first)
+        self.products = None  # their memory is for what comes next
+
+    def _walk(
+        self, index: int, c0: int, c1: int, states: tuple[Tensor | None, ...], results: tuple[Any, ...],
+        summaries: Tensor | None, state_v_first: bool,
+    ) -> None:  # fmt: skip
         q, k, v, do, tables = self.q, self.k, self.v, self.do, self.tables
-        X, Yt = prepare_products(q, k, self.prepared, tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0)
-        assert Yt is not None
+        X, Yt = self._products(c0, c1)
         bv, options = _options(self.config.chains)
-        options |= {"V_FIRST": state_v_first, **self.constants}
-        inputs = (
+        directions = 2 if summaries is None else 1
+        chains_kernel[(directions * tables.num_pieces * self.HV * triton.cdiv(self.V, bv),)](
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
-            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces,
-            dense(initial_state),
-        )  # fmt: skip
-        numbers = (self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do))
-        dht = dense(dht)
-        grid = tables.num_pieces * self.HV * triton.cdiv(self.V, bv)
-        starts = ends = None
-        if piece_states is not None:
-            starts, maps = piece_states
-            summaries, ends = torch.empty_like(starts), torch.empty_like(starts)
-            chains_kernel[(grid,)](*inputs, None, None, dht, *[None] * 7, summaries, *numbers, SUMMARY=True, **options)
-            BK = self.constants["BK"]
-            merge_gradients_kernel[(tables.num_pieces * self.HV * triton.cdiv(self.V, 16),)](
-                summaries, maps, ends, tables.pieces,
-                HV=self.HV, K=self.K, V=self.V, BK=BK, BV=16, BR=min(32, BK), num_warps=8, num_stages=1,
-            )  # fmt: skip
-        carry_in = carry_out = None
-        if self.carries is not None:
-            carry_in, carry_out = self.carries[index % 2], self.carries[(index + 1) % 2]
-        chains_kernel[(2 * grid,)](
-            *inputs, starts, checkpoint, dht, ends, carry_in, carry_out, self.matrices(self.h, bv),
-            self.matrices(self.dh, bv), self.out.dv, self.out.dh0, None, *numbers, SUMMARY=False, **options,
+            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index), *results,
+            summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,
+            SUMMARY=summaries is not None, **options, **self.constants,
         )  # fmt: skip
 
-    def local(self, c0: int, c1: int, with_gate: bool, sigmoid: bool) -> Tensor | None:
+    def _products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
+        """X and Yt of a slice; kept if it is the only one, for a summary and the walk after it need both."""
+        found = self.products
+        if found is None:
+            found = prepare_products(
+                self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0
+            )
+            if self.size >= self.tables.num_chunks:
+                self.products = found
+        X, Yt = found
+        assert Yt is not None
+        return X, Yt
+
+    def _carries(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes."""
+        if self.size >= self.tables.num_chunks:
+            return None, None
+        if self.carries is None:
+            shape = (2, self.HV, self.K, self.V)
+            self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
+        return self.carries[index % 2], self.carries[(index + 1) % 2]
+
+    def local(self, c0: int, c1: int, out: Gradients, with_gate: bool, sigmoid: bool) -> Tensor | None:
         """dq, dk, dv, dbeta of chunks c0 .. c1 - 1; returns dG [c1 - c0, HV, 64] float32."""
-        q, k, do, out, chunks = self.q, self.k, self.do, self.out, self.tables.chunks
+        q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
+        assert self.h is not None
+        assert self.dh is not None
         shape = (c1 - c0, self.HV, CHUNK)
         U, D, F = (torch.empty(*shape, width, dtype=q.dtype, device=q.device) for width in (self.V, CHUNK, CHUNK))
         dG = torch.empty(shape, dtype=torch.float32, device=q.device) if with_gate else None
@@ -318,8 +383,8 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
     """The kernels as `launch` says for K = V = dim, the chains first."""
     from gdn_cp.kernels.compile_report import CompileCase
 
-    float32 = "G bt rq rk initial_state starts checkpoint dht ends carry_in carry_out dh0 summaries maps dG"
-    known = dict.fromkeys(float32.split(), "*fp32") | dict.fromkeys(("pieces", "chunks"), "*i32")
+    float32 = "G bt rq rk initial_state starts checkpoint dht ends carry_in carry_out dh0 summaries dG"
+    known = dict.fromkeys(float32.split(), "*fp32") | dict.fromkeys(("pieces", "chunks", "roles"), "*i32")
     known |= dict.fromkeys(("c0", "c1", "total_chunks"), "i32") | {"scale": "fp32"}
     constants = {
         "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "C": CHUNK, "V_FIRST": False, "TMA": launch.tma,
@@ -327,7 +392,7 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
     }  # fmt: skip
     cases = []
     for name, kernel, config, absent in (
-        ("chains", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out summaries"),
+        ("chains", chains_kernel, launch.chains, "roles starts checkpoint ends carry_in carry_out summaries"),
         ("summary", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out h dh M dh0"),
         ("scores", scores_kernel, launch.scores, ""),
         ("dq", dq_kernel, launch.dq, ""),
@@ -358,6 +423,4 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
                 spills_allowed=dim > 128,  # the accumulators of dq and dk alone are half of the registers
             )
         )
-    merge = {"HV": 4, "K": dim, "V": dim, "BK": dim, "BV": 16, "BR": 32}
-    types = dict.fromkeys(("summaries", "maps", "ends"), "*fp32") | {"pieces": "*i32"}
-    return [*cases, CompileCase(f"chunk_bwd.merge/K{dim}", merge_gradients_kernel, types, merge, 8, 1, main=main)]
+    return cases

@@ -212,8 +212,8 @@ def _gradient_chain(
 
 @triton.jit(do_not_specialize=["c0", "c1", "total_chunks"])
 def chains_kernel(
-    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, initial_state, starts, checkpoint, dht, ends, carry_in, carry_out,
-    h, dh, M, dh0, summaries, scale, c0, c1, total_chunks,
+    q, k, v, do, G, bt, rq, rk, X, Yt, pieces, roles, initial_state, starts, checkpoint, dht, ends, carry_in,
+    carry_out, h, dh, M, dh0, summaries, scale, c0, c1, total_chunks,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
@@ -230,7 +230,9 @@ def chains_kernel(
 
     Where sequences are cut into pieces, `starts` and `ends` [NP, HV, K, V] hold the state at the start of each piece
     that is not the first of its sequence, and the gradient at the end of each that is not the last. With SUMMARY, all
-    programs walk the gradients of pieces that are not the first, from zero unless the last, into `summaries`.
+    programs walk the gradients of pieces that are not the first, from zero unless the last, into `summaries`. Of a
+    sequence that a state enters from elsewhere (`roles`, see `chunk_pieces`) the first piece is walked too; with
+    `roles`, nothing is walked of the others.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     WALKS: tl.constexpr = 1 if SUMMARY else 2
@@ -251,7 +253,10 @@ def chains_kernel(
     empty_here = (piece_count == 0) & (piece_first >= c0) & ((piece_first < c1) | (c1 == total_chunks))
     works = (seq >= 0) & ((count > 0) | empty_here)
     if SUMMARY:
-        works = works & (is_first == 0)
+        if roles is not None:
+            works = works & ((tl.load(roles + seq, mask=seq >= 0, other=0) & 1) != 0)
+        else:
+            works = works & (is_first == 0)
     if works:
         hk = hv // (HV // H)
         first_row = tl.load(piece + 3) + (first - piece_first) * C
@@ -298,50 +303,3 @@ def chains_kernel(
             if dh0 is not None:
                 if is_first & (piece_first >= c0):
                     store_state(dh0 + state_at, state, i_v, K, V, BK, BV, V_FIRST)
-
-
-@triton.jit
-def merge_gradients_kernel(
-    summaries, maps, ends, pieces,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
-):  # fmt: skip
-    """One program: a sequence, value head, BV columns; the gradient at the end of each piece but the last.
-
-    Over a piece the state obeys S_out = S_ext + M S_in, so its gradient dS_in = dS_ext + M^T dS_out: from the last
-    piece down, dS := dS_ext + M^T dS in float32. `maps` [NP, HV, K, V + K] hold M in their last K columns. dS goes
-    through its place in `ends`, from where the product reads it by BR rows, after a barrier.
-    """
-    NV: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    i_v = pid % NV
-    hv = (pid // NV) % HV
-    i_p = (pid // (NV * HV)).to(tl.int64)
-    if (tl.load(pieces + i_p * 8) < 0) | (tl.load(pieces + i_p * 8 + 5) == 0):
-        return
-    left = tl.load(pieces + i_p * 8 + 7)
-    i_k = tl.arange(0, BK)
-    i_r = tl.arange(0, BR)
-    cols = i_v * BV + tl.arange(0, BV)
-    tile = i_k[:, None] * V + cols[None, :]
-    mask = (i_k[:, None] < K) & (cols[None, :] < V)
-    dS = tl.load(summaries + ((i_p + left) * HV + hv) * (K * V) + tile, mask=mask & (left > 0), other=0.0)
-    for step in range(0, left):
-        at = (i_p + left - 1 - step) * HV + hv
-        tl.store(ends + at * (K * V) + tile, dS, mask=mask)
-        tl.debug_barrier()
-        more = step < left - 1
-        dS = tl.load(summaries + at * (K * V) + tile, mask=mask & more, other=0.0)
-        M = maps + at * (K * (V + K)) + V
-        for first in range(0, K, BR):
-            rows = first + i_r
-            M_t = tl.load(
-                M + rows[None, :] * (V + K) + i_k[:, None],
-                mask=(i_k[:, None] < K) & (rows[None, :] < K) & more,
-                other=0.0,
-            )
-            part = tl.load(
-                ends + at * (K * V) + rows[:, None] * V + cols[None, :],
-                mask=(rows[:, None] < K) & (cols[None, :] < V),
-                other=0.0,
-            )
-            dS = tl.dot(M_t, part, acc=dS, input_precision="ieee")

@@ -11,8 +11,11 @@ piece the state obeys S_out = S_ext + M S_in, so
 
     1. each piece but the last of its sequence is summarised: S_ext from a zero state, and M, column by column, from the
        columns of the identity with V = 0, by the same walk. A first piece starts from the initial state and needs no M;
-    2. the summaries are composed in order into the state at the start of each piece, in float32;
+    2. the summaries are composed in order into the state at the start of each piece, in float32 (`chunk_pieces`);
     3. all pieces are walked at once from those states.
+
+Where a sequence is a segment whose state comes from or goes to another rank (`chunk_segments`), its first and last
+piece are summarised too, from zero, and the segment's own law follows from its pieces'.
 
 Dimensions: B batch, T tokens, H query/key heads, HV value heads, K, V head dims, N sequences, C = 64 rows of a chunk,
 NT chunks (bound), NP pieces (bound).
@@ -29,6 +32,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gdn_cp.kernels.chunk_pieces import piece_states
 from gdn_cp.kernels.chunk_prepare import Prepared
 from gdn_cp.kernels.configs import ChainLaunch, bulk_copy_fits, chain_config, launches, options
 from gdn_cp.kernels.tables import ChunkTables, dense
@@ -59,18 +63,20 @@ def _row_factors(
 
 @triton.jit(do_not_specialize=["slice_chunks"])
 def _chain_kernel(
-    q_ptr, k_ptr, v_ptr, X_ptr, Yt_ptr, G_ptr, bt_ptr, rq_ptr, rk_ptr, pieces_ptr, initial_ptr, starts_ptr,
+    q_ptr, k_ptr, v_ptr, X_ptr, Yt_ptr, G_ptr, bt_ptr, rq_ptr, rk_ptr, pieces_ptr, roles_ptr, initial_ptr, starts_ptr,
     o_ptr, final_ptr, sums_ptr, checkpoints_ptr,
     slice_chunks, scale, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     STATE_K: tl.constexpr, STATE_V: tl.constexpr, NORM: tl.constexpr, HAS_INITIAL: tl.constexpr,
     HAS_STARTS: tl.constexpr, STORE_FINAL: tl.constexpr,
-    CHECKPOINTS: tl.constexpr, SUMMARY: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
+    CHECKPOINTS: tl.constexpr, SUMMARY: tl.constexpr, TRUNCATE: tl.constexpr, TMA: tl.constexpr, DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (piece p, value head hv, column block b), b fastest.
 
     With SUMMARY, the columns of block b come from S_ext for b < V / BV and from M above, into sums [NP, HV, K, V + K].
+    `roles` [N] say which sequences are continued elsewhere (`chunk_pieces`); None: none. With TRUNCATE, M is zero where
+    the gates of the piece sum to less than that number, and is not walked.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     BLOCKS: tl.constexpr = V_BLOCKS + ((K + BV - 1) // BV if SUMMARY else 0)
@@ -88,7 +94,13 @@ def _chain_kernel(
     is_first = tl.load(pieces_ptr + p * 8 + 5) != 0
     is_last = tl.load(pieces_ptr + p * 8 + 6) != 0
     if SUMMARY:
-        if is_last | (is_first & (block >= V_BLOCKS)):
+        entered = False
+        leaves = False
+        if roles_ptr is not None:
+            role = tl.load(roles_ptr + n)
+            entered = (role & 1) != 0
+            leaves = (role & 2) != 0
+        if (is_last & (leaves == 0)) | (is_first & (entered == 0) & (block >= V_BLOCKS)):
             return
     h = (hv // (HV // H)).to(tl.int64)
     i = tl.arange(0, 64)
@@ -108,6 +120,15 @@ def _chain_kernel(
     if SUMMARY:
         if block >= V_BLOCKS:
             S = tl.where(d[:, None] == (e - V_BLOCKS * BV)[None, :], 1.0, 0.0)
+            if TRUNCATE is not None:
+                decay_sum = 0.0
+                for first_step in range(0, steps, 64):
+                    there = first_step + i < steps
+                    last_rows = G_ptr + ((chunk + first_step + i) * HV + hv) * 64 + 63
+                    decay_sum += tl.sum(tl.load(last_rows, mask=there, other=0.0), 0)
+                if decay_sum < TRUNCATE:
+                    S = tl.zeros((BK, BV), tl.float32)
+                    steps = 0
 
     qk_mask = d[None, :] < K
     k_tile = k_ptr
@@ -188,54 +209,6 @@ def _chain_kernel(
             tl.store(final, S, mask=state_mask)
 
 
-@triton.jit
-def _merge_kernel(
-    sums_ptr, starts_ptr, pieces_ptr,
-    HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
-    STAGES: tl.constexpr,
-):  # fmt: skip
-    """Program (first piece p of a sequence, value head, BV columns): the state at the start of each further piece.
-
-    Pieces are taken in order, S := S_ext + M S in float32. S goes through its place in `starts`, from where the product
-    reads it by BR rows, so that few registers hold operands; the barrier lets every thread see what all have written.
-    The last piece of a sequence has no summary, and none is read.
-    """
-    V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
-    pid = tl.program_id(0)
-    block = pid % V_BLOCKS
-    hv = (pid // V_BLOCKS) % HV
-    p = (pid // (V_BLOCKS * HV)).to(tl.int64)
-    if (tl.load(pieces_ptr + p * 8) < 0) | (tl.load(pieces_ptr + p * 8 + 5) == 0):
-        return
-    left = tl.load(pieces_ptr + p * 8 + 7)
-    d = tl.arange(0, BK)
-    r = tl.arange(0, BR)
-    e = block * BV + tl.arange(0, BV)
-    mask = (d[:, None] < K) & (e[None, :] < V)
-    width: tl.constexpr = V + K
-    tile = d[:, None] * width + e[None, :]
-    S = tl.load(sums_ptr + (p * HV + hv) * (K * width) + tile, mask=mask & (left > 0), other=0.0)
-    for step in range(1, left + 1):
-        sums = sums_ptr + ((p + step) * HV + hv) * (K * width)
-        S_ext = tl.load(sums + tile, mask=mask & (step < left), other=0.0)
-        start = starts_ptr + ((p + step) * HV + hv) * (K * V)
-        tl.store(start + d[:, None] * V + e[None, :], S, mask=mask)
-        tl.debug_barrier()
-        S = S_ext
-        for first in tl.range(0, K, BR, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-            M = tl.load(
-                sums + d[:, None] * width + (V + first + r)[None, :],
-                mask=(d[:, None] < K) & (first + r[None, :] < K) & (step < left),
-                other=0.0,
-            )
-            rows = tl.load(
-                start + (first + r)[:, None] * V + e[None, :],
-                mask=(first + r[:, None] < K) & (e[None, :] < V),
-                other=0.0,
-            )
-            S = tl.dot(M, rows, S, input_precision="ieee")
-
-
 def _power_of_2(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << (n - 1).bit_length()
@@ -257,27 +230,19 @@ def _descriptors(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, block_v: i
     return rows(q, K), rows(k, K), rows(v, block_v), tiles(prepared.X, K), tiles(prepared.Yt, 64)
 
 
-class _Walk:
-    """The launches over one batch's pieces, which share all arguments but their outputs."""
+class Walk:
+    """The launches over one batch's pieces, which share all arguments but states and outputs."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, tables: ChunkTables, scale: float,
-        initial: Tensor | None, state_v_first: bool, launch: ChainLaunch,
+        state_v_first: bool, launch: ChainLaunch,
     ) -> None:  # fmt: skip
         self.H, self.HV, self.K, self.V = q.shape[2], v.shape[2], q.shape[3], v.shape[3]
-        self.tables, self.config, self.device = tables, launch, q.device
+        self.tables, self.config, self.v = tables, launch, v
         self.block_v: int = min(launch.block_v, max(16, _power_of_2(self.V)))
         self.tma = launch.tma and bulk_copy_fits(q, k, v)
         inputs = _descriptors(q, k, v, prepared, self.block_v) if self.tma else (q, k, v, prepared.X, prepared.Yt)
-        self.inputs: tuple[Any, ...] = (
-            *inputs,
-            prepared.G,
-            prepared.bt,
-            prepared.rq,
-            prepared.rk,
-            tables.pieces,
-            initial,
-        )
+        self.inputs: tuple[Any, ...] = (*inputs, prepared.G, prepared.bt, prepared.rq, prepared.rk, tables.pieces)
         self.numbers: tuple[Any, ...] = (
             scale,
             q.stride(1),
@@ -290,39 +255,54 @@ class _Walk:
         self.constants = {
             "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": _power_of_2(self.K),
             "BV": self.block_v, "STATE_K": 1 if state_v_first else self.V, "STATE_V": self.K if state_v_first else 1,
-            "NORM": prepared.rk is not None, "HAS_INITIAL": initial is not None, "TMA": self.tma,
-            "DOT": launch.precision, "STAGES": launch.num_stages,
+            "NORM": prepared.rk is not None, "TMA": self.tma, "DOT": launch.precision,
         }  # fmt: skip
 
-    def launch(
-        self, *, starts: Tensor | None = None, o: Tensor | None = None, final: Tensor | None = None,
-        sums: Tensor | None = None, checkpoints: Tensor | None = None, slice_chunks: int = 0,
-    ) -> None:  # fmt: skip
-        """Walk over all pieces: from `starts` into `o` and `final`, or for the summaries into `sums`."""
-        blocks = triton.cdiv(self.V, self.block_v) + (0 if sums is None else triton.cdiv(self.K, self.block_v))
-        arguments = [*self.inputs, starts, o, final, sums, checkpoints, slice_chunks, *self.numbers]
-        _chain_kernel[(self.tables.num_pieces * self.HV * blocks,)](
-            *arguments, **self.constants,
-            **options(
-                self.config.num_warps, self.config.num_stages, HAS_STARTS=starts is not None,
-                STORE_FINAL=final is not None, CHECKPOINTS=checkpoints is not None, SUMMARY=sums is not None,
-            ),
-        )  # fmt: skip
+    @property
+    def cut(self) -> bool:
+        """Whether a sequence may have several pieces."""
+        return self.tables.num_pieces > self.tables.num_sequences
 
-    def piece_states(self) -> tuple[Tensor, Tensor]:
-        """The state at the start of each piece that is not the first of its sequence, and the summaries behind it."""
-        NP, HV, K, V = self.tables.num_pieces, self.HV, self.K, self.V
-        sums = torch.empty(NP, HV, K, V + K, dtype=torch.float32, device=self.device)
-        starts = torch.empty(NP, HV, K, V, dtype=torch.float32, device=self.device)
-        self.launch(sums=sums)
-        block_v = 8
-        _merge_kernel[(NP * HV * triton.cdiv(V, block_v),)](
-            sums, starts, self.tables.pieces, **options(
-                8, 4, HV=HV, K=K, V=V, BK=_power_of_2(K), BV=block_v,
-                BR=min(32, _power_of_2(K)), STAGES=4,
-            ),
-        )  # fmt: skip
-        return starts, sums
+    def summarise(
+        self, initial: Tensor | None = None, roles: Tensor | None = None, truncate: float | None = None
+    ) -> Tensor:
+        """(S_ext | M) [NP, HV, K, V + K] of the pieces whose law someone needs, first pieces from `initial`.
+
+        `roles` int32 [N]: see `chunk_pieces`. `truncate`: the sum of a piece's gates below which its M is zero.
+        """
+        sums = self.v.new_empty(self.tables.num_pieces, self.HV, self.K, self.V + self.K, dtype=torch.float32)
+        blocks = -(-self.V // self.block_v) - (-self.K // self.block_v)
+        self._launch(blocks, initial, None, None, None, sums, None, 0, roles, truncate)
+        return sums
+
+    def run(
+        self, initial: Tensor | None, starts: Tensor | None, *, final: Tensor | None = None,
+        checkpoints: Tensor | None = None, slice_chunks: int = 0,
+    ) -> Tensor:  # fmt: skip
+        """Walk over all pieces from `initial` [N, HV, K, V] and `starts` [NP, HV, K, V]: o [B, T, HV, V]."""
+        o = torch.empty(self.v.shape, dtype=self.v.dtype, device=self.v.device)
+        blocks = -(-self.V // self.block_v)
+        self._launch(blocks, initial, starts, o, final, None, checkpoints, slice_chunks, None, None)
+        return o
+
+    def _launch(
+        self, blocks: int, initial: Tensor | None, starts: Tensor | None, o: Tensor | None, final: Tensor | None,
+        sums: Tensor | None, checkpoints: Tensor | None, slice_chunks: int, roles: Tensor | None,
+        truncate: float | None,
+    ) -> None:  # fmt: skip
+        stages = self.config.num_stages if sums is None else self.config.summary_stages or self.config.num_stages
+        outputs = (o, final, sums, checkpoints)
+        arguments = [*self.inputs, roles, initial, starts, *outputs, slice_chunks, *self.numbers]
+        if self.tables.num_pieces:
+            _chain_kernel[(self.tables.num_pieces * self.HV * blocks,)](
+                *arguments,
+                **self.constants,
+                **options(
+                    self.config.num_warps, stages, STAGES=stages, HAS_INITIAL=initial is not None,
+                    HAS_STARTS=starts is not None, STORE_FINAL=final is not None, CHECKPOINTS=checkpoints is not None,
+                    SUMMARY=sums is not None, TRUNCATE=truncate,
+                ),
+            )  # fmt: skip
 
 
 @launches
@@ -351,25 +331,24 @@ def chain_forward(
     `checkpoints` [ceil(NT / slice_chunks), HV, K, V] float32 receives the states before chunks 0, slice_chunks, ...
     """
     launch = launch or chain_config(q.device, q.dtype, q.shape[3], v.shape[3])
-    B, T, HV, V = v.shape
+    HV, V = v.shape[2:]
     K, N = q.shape[3], tables.num_sequences
-    o = torch.empty(B, T, HV, V, dtype=v.dtype, device=v.device)
     state_shape = (N, HV, V, K) if state_v_first else (N, HV, K, V)
     final = torch.empty(state_shape, dtype=torch.float32, device=v.device) if output_final_state else None
-    walk = _Walk(q, k, v, prepared, tables, scale, dense(initial_state), state_v_first, launch)
+    walk = Walk(q, k, v, prepared, tables, scale, state_v_first, launch)
+    initial = dense(initial_state)
     states = None
-    if tables.num_pieces:
-        states = walk.piece_states() if tables.num_pieces > N else None
-        starts = None if states is None else states[0]
-        walk.launch(starts=starts, o=o, final=final, checkpoints=checkpoints, slice_chunks=slice_chunks)
+    if walk.cut:
+        sums = walk.summarise(initial)
+        states = piece_states(sums, tables.pieces, V), sums
+    starts = None if states is None else states[0]
+    o = walk.run(initial, starts, final=final, checkpoints=checkpoints, slice_chunks=slice_chunks)
     return o, final, states
 
 
 def compile_cases() -> list[CompileCase]:
-    """The walk and its summary at Qwen3-Next's heads in bfloat16 for both block widths, head dim 64, and the merge."""
-    from gdn_cp.kernels.compile_report import CompileCase
-
-    cases = [
+    """The walk and its summary at Qwen3-Next's heads in bfloat16 for both block widths, and at head dim 64."""
+    return [
         _chain_case("bf16", 128, 64, False, True),
         _chain_case("bf16", 128, 32, False, True),
         _chain_case("bf16", 128, 64, True, True),
@@ -377,9 +356,6 @@ def compile_cases() -> list[CompileCase]:
         _chain_case("bf16", 256, 16, False, False),
         _chain_case("fp32", 64, 16, False, False),
     ]
-    merge = {"HV": 4, "K": 128, "V": 128, "BK": 128, "BV": 8, "BR": 32, "STAGES": 4}
-    pointers = {"sums_ptr": "*fp32", "starts_ptr": "*fp32", "pieces_ptr": "*i32"}
-    return [*cases, CompileCase("chunk_fwd.merge/K128", _merge_kernel, pointers, merge, num_warps=8, num_stages=4)]
 
 
 def _chain_case(kind: str, dim: int, block_v: int, summary: bool, main: bool) -> CompileCase:
@@ -410,12 +386,15 @@ def _chain_case(kind: str, dim: int, block_v: int, summary: bool, main: bool) ->
         signature=tiles
         | floats
         | {"o_ptr": f"*{kind}", "pieces_ptr": "*i32", "scale": "fp32", "slice_chunks": "i32"}
+        | ({"roles_ptr": "*i32"} if summary else {})
         | dict.fromkeys(strides, "i32"),
         constexprs={
-            "starts_ptr": None, "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "BV": block_v, "STATE_K": dim,
+            **({} if summary else {"roles_ptr": None}), "starts_ptr": None,
+            "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "BV": block_v, "STATE_K": dim,
             "STATE_V": 1, "NORM": True, "HAS_INITIAL": True, "HAS_STARTS": False, "CHECKPOINTS": not summary,
             "STORE_FINAL": not summary,
-            "SUMMARY": summary, "TMA": launch.tma, "DOT": launch.precision, "STAGES": launch.num_stages,
+            "SUMMARY": summary, "TRUNCATE": -10.0 if summary else None, "TMA": launch.tma, "DOT": launch.precision,
+            "STAGES": launch.num_stages,
         },
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

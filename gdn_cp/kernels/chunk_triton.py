@@ -72,12 +72,13 @@ def _forward(
     use_gate_in_kernel: bool,
     use_beta_sigmoid_in_kernel: bool,
     state_v_first: bool,
+    intra_card: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None."""
     (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = even_rows(q), even_rows(k), even_rows(v)
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    launch, cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V)
+    launch, cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)
     tables = chunk_tables(B, T, cu_seqlens, q.device, cut)
     prepared = prepare(
         q,
@@ -118,7 +119,7 @@ def _forward(
 @_forward.register_fake
 def _(
     q, k, v, g, beta, scale, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, use_qk_l2norm_in_kernel,
-    use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first,
+    use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, intra_card,
 ):  # fmt: skip
     (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
     if cu_seqlens is None:
@@ -126,7 +127,7 @@ def _(
     else:
         N = cu_seqlens.shape[0] - 1
         NT = (T + (CHUNK - 1) * N) // CHUNK
-    cut = chain_plan(q.device, q.dtype, int(N), int(B * T), HV, K, V)[1]
+    cut = chain_plan(q.device, q.dtype, int(N), int(B * T), HV, K, V, intra_card=intra_card)[1]
     NP = N + (NT // cut if cut else 0)
     state = ((N, HV, V, K) if state_v_first else (N, HV, K, V)) if output_final_state else (0,)
     norms = (NT, H, CHUNK) if use_qk_l2norm_in_kernel else (0,)
@@ -237,7 +238,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, g, beta, scale, initial_state, _, A_log, dt_bias, cu_seqlens, *flags = inputs
+    q, k, v, g, beta, scale, initial_state, _, A_log, dt_bias, cu_seqlens, *flags, intra_card = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *output[2:])
@@ -245,7 +246,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if output[-1].numel():
         (B, T, HV, V), K = v.shape, q.shape[3]
         N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        ctx.piece_chunks = chain_plan(q.device, q.dtype, N, B * T, HV, K, V)[1]
+        ctx.piece_chunks = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)[1]
 
 
 def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -276,7 +277,7 @@ def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tupl
 
     return (
         dq, dk, dv, gradient(g, dg), gradient(beta, dbeta), None, gradient(initial_state, dh0), None,
-        gradient(A_log, dA_log), gradient(dt_bias, ddt_bias), None, None, None, None, None,
+        gradient(A_log, dA_log), gradient(dt_bias, ddt_bias), None, None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -300,6 +301,7 @@ def chunk_gated_delta_rule_triton(
     use_beta_sigmoid_in_kernel: bool = False,
     state_v_first: bool = False,
     cu_seqlens: Tensor | None = None,
+    intra_card: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`gdn_cp.chunk_gated_delta_rule` by these kernels; arguments as there, already checked. Differentiable."""
     o, final, *_ = _forward(
@@ -318,5 +320,6 @@ def chunk_gated_delta_rule_triton(
         use_gate_in_kernel,
         use_beta_sigmoid_in_kernel,
         state_v_first,
+        intra_card,
     )
     return o, final if output_final_state else None

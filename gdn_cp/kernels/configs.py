@@ -39,12 +39,14 @@ class Launch:
 
 @dataclass(frozen=True)
 class ChainLaunch:
-    """Settings of the forward chain: columns of the state per program, warps, pipeline stages."""
+    """Settings of the forward chain: columns of the state per program, warps, pipeline stages (of summaries: 0 for as
+    many)."""
 
     precision: str = "tf32"
     block_v: int = 64
     num_warps: int = 4
     num_stages: int = 2
+    summary_stages: int = 0
     tma: bool = False
 
 
@@ -133,16 +135,27 @@ def chain_config(device: torch.device, dtype: torch.dtype, K: int, V: int, block
 
 
 def chain_plan(
-    device: torch.device, dtype: torch.dtype, num_sequences: int, num_rows: int, heads: int, K: int, V: int
+    device: torch.device,
+    dtype: torch.dtype,
+    num_sequences: int,
+    num_rows: int,
+    heads: int,
+    K: int,
+    V: int,
+    *,
+    intra_card: int | None = None,
+    summarised: bool = False,
 ) -> tuple[ChainLaunch, int]:
     """Settings of the forward chain, and the chunks of a piece it is cut into (0: sequences stay whole).
 
-    It depends on shapes and on the card alone: lengths are on the device. The environment variable GDN_CP_PIECE_CHUNKS
-    fixes the pieces (0: never cut). Columns of the state do not depend on each other, so with that set results have the
-    same bits whatever the number of heads on a card.
+    It depends on shapes and on the card alone: lengths are on the device. `intra_card`, or else the environment
+    variable GDN_CP_PIECE_CHUNKS, fixes the pieces (0: never cut). Columns of the state do not depend on each other, so
+    with that set results have the same bits whatever the number of heads on a card.
 
     Args:
         device, dtype: of q. num_sequences: N. num_rows: B*T. heads: HV. K, V: head dims.
+        intra_card: chunks of a piece; None: see above.
+        summarised: sequences are segments whose laws are needed too, cut or not.
 
     Raises:
         ValueError: if GDN_CP_PIECE_CHUNKS is not a number.
@@ -151,21 +164,25 @@ def chain_plan(
     if override is not None and not override.isdigit():
         raise ValueError(f"{PIECES_VARIABLE} is {override!r}: set it to a number of chunks >= 0, or unset it")
     block_v, cut = best_cut(
-        multiprocessors(device), max(num_sequences, 1), num_rows / max(num_sequences, 1) / 64, heads, K, V
+        multiprocessors(device), max(num_sequences, 1), num_rows / max(num_sequences, 1) / 64, heads, K, V, summarised
     )
     launch = chain_config(device, dtype, K, V, block_v)
-    if override is not None:
+    if intra_card is not None:
+        cut = intra_card
+    elif override is not None:
         cut = int(override)
     elif not launch.tma or K > 128 or device.type != "cuda":
         cut = 0
     return launch, cut
 
 
-def best_cut(processors: int, sequences: int, chunks: float, heads: int, K: int, V: int) -> tuple[int, int]:
+def best_cut(
+    processors: int, sequences: int, chunks: float, heads: int, K: int, V: int, summarised: bool = False
+) -> tuple[int, int]:
     """Columns per program and chunks of a piece (0: no cut) of the least estimated time.
 
-    `sequences` are taken to have `chunks` chunks each. Cutting pays when the programs of whole sequences leave
-    multiprocessors idle: for 132 processors, one sequence of 1024 chunks, 4 heads and K = V = 128, whole sequences
+    `sequences` are taken to have `chunks` chunks each; if `summarised`, the law of each whole one is needed
+    too. Cutting pays when the programs of whole sequences leave multiprocessors idle: for 132 processors, one sequence of 1024 chunks, 4 heads and K = V = 128, whole sequences
     make 8 programs of 64 columns and 16 pieces make 128.
     """
     best, plan = float("inf"), (64, 0)
@@ -175,9 +192,10 @@ def best_cut(processors: int, sequences: int, chunks: float, heads: int, K: int,
         for pieces in range(1, max(1, processors // per_piece) + 1):
             steps = chunks / pieces
             cost = steps * main * -(-per_piece * pieces // processors)
-            if pieces > 1:
-                waves = -(-(per_piece + (pieces - 2) * per_summary) // processors)
-                cost += steps * summary * waves + _MERGE * pieces + _LAUNCHES
+            if pieces > 1 or summarised:
+                walks = pieces * per_summary if summarised else per_piece + (pieces - 2) * per_summary
+                cost += steps * summary * -(-walks // processors) + _LAUNCHES
+                cost += _MERGE * pieces * (1 + summarised) if pieces > 1 else 0.0
             if cost < best and (pieces == 1 or steps >= 4):
                 best, plan = cost, (block_v, 0 if pieces == 1 else math.ceil(steps))
     return plan

@@ -7,9 +7,10 @@ Over a segment the gated delta rule is affine in the state that enters it, per v
 and so is its gradient, with the same M: dS_in = dS_ext + M^T dS_out, dS_ext being the backward from a zero gradient of
 the final state. A summary is (S_ext, M), its size independent of the segment's length.
 
-M costs no second algorithm: a column of the state whose values v are zero is multiplied by M and by nothing else. So
-the rule runs once on values with K zero columns appended, from the state [0 | I], and ends in [S_ext | M]. Where these
-are more columns than the Triton rule takes, it runs once for S_ext and once for M.
+`SegmentRule` and `SegmentBackward` are the rule and its backward over segments that others continue, each in the two
+halves between which states travel. On GPUs Triton does the work (`chunk_segments`). The plain torch way is below it: a
+column of the state whose values v are zero is multiplied by M and by nothing else, so the rule runs on values with K
+zero columns appended, from the state [0 | I], and ends in [S_ext | M].
 
 Dimensions: T tokens, n segments, H query/key heads, HV value heads, K key dim, V value dim, L segments of a chain,
 U chains.
@@ -20,13 +21,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels.chunk import chunk_gated_delta_rule
+from gdn_cp.kernels.backends import choose_backend
+from gdn_cp.kernels.chunk import checked_scale, chunk_gated_delta_rule, describe_call
 from gdn_cp.kernels.gate import fused_gdn_gate
+
+if TYPE_CHECKING:
+    from gdn_cp.kernels.chunk_segments import TritonSegmentsBackward
 
 TRUNCATION_THRESHOLD = 4.5e-5
 """A state that decays below this part of itself within a segment is lost in bfloat16's rounding (2e-3) many times."""
@@ -71,6 +76,7 @@ class RuleOptions:
     use_gate_in_kernel: bool = False
     use_beta_sigmoid_in_kernel: bool = False
     backend: str | None = None
+    intra_card: int | None = None
 
 
 class SegmentSummary(NamedTuple):
@@ -214,7 +220,7 @@ class RuleBackward:
     Made by `begin_backward`. The graph of the rule lives as long as this object.
     """
 
-    wanted: tuple[Tensor, ...]
+    leaves: tuple[Tensor | None, ...]
     outputs: tuple[Tensor, Tensor]
     states: Tensor
     d_output: Tensor
@@ -224,9 +230,11 @@ class RuleBackward:
         (grad,) = torch.autograd.grad(self.outputs[0], self.states, self.d_output, retain_graph=True)
         return grad
 
-    def finish(self, d_final: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of the wanted inputs, given those of the final states [n, HV, K, V]; frees the graph."""
-        return torch.autograd.grad(self.outputs, self.wanted, (self.d_output, d_final))
+    def finish(self, d_leaving: Tensor) -> tuple[Tensor | None, ...]:
+        """Return each input's gradient, None where not needed, given those of the final states; frees the graph."""
+        wanted = [x for x in self.leaves if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(self.outputs, wanted, (self.d_output, d_leaving)))
+        return tuple(next(found) if x is not None and x.requires_grad else None for x in self.leaves)
 
 
 def begin_backward(
@@ -255,5 +263,105 @@ def begin_backward(
         entering = states.detach().requires_grad_()
         o, final = run_rule(TokenInputs(*leaves), options, cu_seqlens, entering, True)  # type: ignore[arg-type]
     assert final is not None
-    wanted = tuple(x for x, needed in zip(leaves, needs_grad, strict=True) if x is not None and needed)
-    return RuleBackward(wanted, (o, final), entering, d_output)
+    return RuleBackward(tuple(leaves), (o, final), entering, d_output)
+
+
+class SegmentRule:
+    """The forward over segments of which some begin with, or end in, another rank's: summaries first, then the output.
+
+    Args:
+        inputs: the tokens of all segments, one after the other.
+        options: as for the rule.
+        cu_seqlens: int32 [n+1] bounds of the segments.
+        roles: int32 [n] on the same device: 1 if a state enters the segment from elsewhere, plus 2 if its state goes on
+            elsewhere (`chunk_pieces.ENTERED`, `LEFT`); 0: a whole sequence.
+        needed: the range [a, b) of segments outside which no summary is needed.
+        truncate: see `summarise_segments`; Triton's kernels decide for each piece of a segment.
+
+    Nothing is recorded by autograd. Raises as `gdn_cp.chunk_gated_delta_rule`.
+    """
+
+    def __init__(
+        self,
+        inputs: TokenInputs,
+        options: RuleOptions,
+        cu_seqlens: Tensor,
+        roles: Tensor,
+        needed: tuple[int, int],
+        *,
+        truncate: bool = False,
+    ) -> None:
+        self.inputs, self.options, self.cu_seqlens, self.needed = inputs, options, cu_seqlens, needed
+        self.truncate = truncate
+        self._triton = None
+        if _backend(inputs, options, cu_seqlens) == "triton":
+            from gdn_cp.kernels.chunk_segments import TritonSegments
+
+            scale = checked_scale(options.scale, inputs.q.shape[-1])
+            self._triton = TritonSegments(inputs, options, cu_seqlens, roles, scale, options.intra_card)
+
+    def summarise(self) -> tuple[SegmentSummary, int]:
+        """(summaries of consecutive segments, number of the first); what nobody needs holds anything, or is absent."""
+        if self._triton is not None:
+            threshold = math.log(TRUNCATION_THRESHOLD) if self.truncate else None
+            return SegmentSummary(*self._triton.summarise(threshold)), 0
+        first, last = self.needed
+        if first == last:
+            HV, V, K = *self.inputs.v.shape[2:], self.inputs.k.shape[-1]
+            dtype = torch.float64 if self.inputs.v.dtype == torch.float64 else torch.float32
+            empty = self.inputs.v.new_empty(0, HV, K, V + K, dtype=dtype)
+            return SegmentSummary(*empty.split((V, K), -1)), first
+        # The rows' numbers are on the device, but for the plain rule the host has to wait for them in any case.
+        bounds = self.cu_seqlens[first : last + 1]
+        start, end = int(bounds[0]), int(bounds[-1])
+        part = self.inputs.narrow(start, end)
+        return summarise_segments(part, self.options, bounds - start, truncate=self.truncate), first
+
+    def run(self, entering: Tensor) -> Tensor:
+        """o [1, T, HV, V], given the states [n, HV, K, V] that enter: zero where none does."""
+        if self._triton is not None:
+            return self._triton.run(entering)
+        return run_rule(self.inputs, self.options, self.cu_seqlens, entering)[0]
+
+    def kept(self) -> tuple[tuple[Tensor | None, ...], int]:
+        """What `begin_segment_backward` needs besides inputs and entering states: tensors, and the cut; after `run`."""
+        if self._triton is None:
+            return (), 0
+        return self._triton.kept(), self._triton.piece_chunks
+
+
+def begin_segment_backward(
+    inputs: TokenInputs,
+    options: RuleOptions,
+    cu_seqlens: Tensor,
+    roles: Tensor,
+    kept: tuple[tuple[Tensor | None, ...], int],
+    entering: Tensor,
+    d_output: Tensor,
+    needs_grad: tuple[bool, ...],
+) -> RuleBackward | TritonSegmentsBackward:
+    """The backward of what `SegmentRule` did, in two halves: `state_gradient()`, then `finish(gradients of states)`.
+
+    Args as there; `kept` is what it kept, `entering` the states that entered, `d_output` the gradient of its output.
+    `finish` returns the gradient of each field of `inputs`, None where `needs_grad` is false.
+    """
+    tensors, piece_chunks = kept
+    if not tensors:
+        return begin_backward(inputs, options, cu_seqlens, entering, d_output, needs_grad)
+    from gdn_cp.kernels.chunk_segments import TritonSegmentsBackward
+
+    scale = checked_scale(options.scale, inputs.q.shape[-1])
+    return TritonSegmentsBackward(
+        inputs, options, cu_seqlens, roles, scale, piece_chunks, tensors, entering, d_output, needs_grad
+    )
+
+
+def _backend(inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor) -> str:
+    """Which implementation serves the rule on these inputs, which are checked."""
+    flags = {name: getattr(options, name) for name in (
+        "use_qk_l2norm_in_kernel", "use_gate_in_kernel", "use_beta_sigmoid_in_kernel")}  # fmt: skip
+    x = inputs
+    call = describe_call(
+        x.q, x.k, x.v, x.g, x.beta, None, False, x.A_log, x.dt_bias, cu_seqlens, flags | {"state_v_first": False}
+    )
+    return choose_backend(call, options.backend).backend

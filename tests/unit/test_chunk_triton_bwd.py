@@ -132,12 +132,16 @@ def test_loss_of_only_one_output(outputs):
     _assert_close(got, expected)
 
 
+PACKED = Case(lengths=(130, 0, 1, 100, 0))
+
+
 @pytest.mark.parametrize(
-    "case",
-    [Case(T=200), Case(lengths=(130, 0, 1, 100, 0)), Case(B=2, T=100, state=False)],
-    ids=["one sequence over all borders", "packed, borders within sequences and between them", "batch"],
+    ("case", "pieces"),
+    [(Case(T=200), "0"), (PACKED, "0"), (PACKED, "1"), (Case(B=2, T=100, state=False), "0")],
+    ids=["one sequence over all borders", "packed, borders within sequences and between them", "and pieces", "batch"],
 )
-def test_slices_of_two_chunks_change_nothing(case, monkeypatch):
+def test_slices_of_two_chunks_change_nothing(case, pieces, monkeypatch):
+    monkeypatch.setenv("GDN_CP_PIECE_CHUNKS", pieces)
     whole = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE)
     for module in (chunk_bwd, chunk_triton):
         monkeypatch.setattr(module, "slice_chunks", lambda *_: 2)

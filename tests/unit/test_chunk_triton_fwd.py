@@ -232,7 +232,7 @@ def test_unsupported_names_the_reason(change, reason):
 def test_operation_has_a_correct_schema_and_fake():
     inputs = make_inputs(1, 20, 1, 1, 16, 16, N=1)
     names = ("q", "k", "v", "g", "beta", "scale", "initial_state", "output_final_state", "A_log", "dt_bias")
-    arguments = (*(inputs[name] for name in names), None, True, False, False, False)
+    arguments = (*(inputs[name] for name in names), None, True, False, False, False, None)
     outcome = torch.library.opcheck(
         torch.ops.gdn_cp.chunk_gated_delta_rule_fwd.default, arguments, test_utils=("test_schema", "test_faketensor")
     )

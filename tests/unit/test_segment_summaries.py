@@ -135,7 +135,8 @@ def test_backward_of_the_state_is_the_same_law_transposed():
     pending = begin_backward(inputs, RuleOptions(), cu, state, d_output, needs_grad)
     _, transfer = summarise_segments(inputs, RuleOptions(), cu)
     assert relative_error(pending.state_gradient() + transfer.mT @ d_final, d_state) < 1e-13
-    for actual, grad in zip(pending.finish(d_final), expected, strict=True):
+    found = [grad for grad in pending.finish(d_final) if grad is not None]
+    for actual, grad in zip(found, expected, strict=True):
         assert torch.equal(actual, grad)
 
 

@@ -71,7 +71,7 @@ def exchange_states(rank: int, world: int, cases: list[Case], heads: int) -> lis
         n, (first, last) = routes.segments, routes.summarised
         ext = stacked({link: law[0] for link, law in laws.items()}, me, n, heads, K, V)[first:last]
         transfer = stacked({link: law[1] for link, law in laws.items()}, me, n, heads, K, K)[first:last]
-        ext, transfer = states.send_summaries(routes, ext, transfer, groups.states)
+        ext, transfer = states.send_summaries(routes, ext, transfer, groups.states, first)
         entering = states.return_states(routes, merge_states(ext, transfer, routes.active), groups.states)
         d_ext = states.send_gradients(routes, stacked(d_exts, me, n, heads, K, V), groups.states)
         merged = merge_states(d_ext, states.reverse_transfer(routes, transfer), routes.active, transpose=True)

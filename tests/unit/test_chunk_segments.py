@@ -1,0 +1,97 @@
+"""Triton's rule over segments that are continued elsewhere, against the float64 recurrence of whole sequences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_cp.kernels import chunk_bwd, chunk_segments
+from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
+from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs
+from tests.segment_chains import bounds, roles, run_in_segments
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# As for the whole rule: some 500 roundings of float32 in a row, if they never cancel.
+TOLERANCE = 500 * 2.0**-24
+OPTIONS = RuleOptions(
+    use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, backend="triton"
+)
+CHAINS = {
+    "one sequence in four": [(70, 130, 65, 3)],
+    "a whole sequence, an empty one and two in segments": [(40,), (66, 64), (0,), (1, 150, 20)],
+}
+
+
+def make_inputs(tokens: int, H: int = 1, HV: int = 2, K: int = 16, V: int = 32, decay: float = 0.0) -> TokenInputs:
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw).to(DEVICE)
+
+    q, k, v = normal(1, tokens, H, K), normal(1, tokens, H, K), normal(1, tokens, HV, V)
+    return TokenInputs(q, k, v, normal(1, tokens, HV), normal(1, tokens, HV), normal(HV) + decay, normal(HV) - 2)
+
+
+def expected_results(inputs: TokenInputs, chains, d_output: Tensor) -> tuple[Tensor, list[Tensor]]:
+    leaves = [x.cpu().double().requires_grad_() for x in inputs.tensors() if x is not None]
+    q, k, v, g, beta, A_log, dt_bias = leaves
+    cu_seqlens = bounds([[sum(chain)] for chain in chains], "cpu")
+    flags = {name: getattr(OPTIONS, name) for name in vars(OPTIONS) if name.startswith("use_")}
+    o, _ = recurrent_gated_delta_rule_reference(
+        q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, cu_seqlens=cu_seqlens, **flags
+    )
+    return o.detach(), list(torch.autograd.grad(o, leaves, d_output.cpu().double()))
+
+
+def assert_equal_to_recurrence(inputs: TokenInputs, chains, options: RuleOptions) -> None:
+    d_output = torch.randn(inputs.v.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    o, gradients = run_in_segments(inputs, options, chains, d_output)
+    wanted_o, wanted = expected_results(inputs, chains, d_output)
+    for name, x, y in zip(("o", *vars(inputs)), (o, *gradients), (wanted_o, *wanted), strict=True):
+        assert x is not None
+        error = float((x.cpu().double() - y).norm() / y.norm())
+        assert error < TOLERANCE, f"{name}: relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("chains", CHAINS.values(), ids=CHAINS)
+@pytest.mark.parametrize("pieces", [0, 1])
+def test_output_and_gradients_are_those_of_whole_sequences(chains, pieces):
+    """Whole segments, and segments cut into pieces of one chunk, whose laws make the segment's."""
+    inputs = make_inputs(sum(map(sum, chains)))
+    assert_equal_to_recurrence(inputs, chains, replace(OPTIONS, intra_card=pieces))
+
+
+def test_slices_of_the_backward_cut_through_segments(monkeypatch):
+    for module in (chunk_bwd, chunk_segments):
+        monkeypatch.setattr(module, "slice_chunks", lambda *_: 2)
+    chains, inputs = [(30,), (65, 130)], make_inputs(225, HV=1)
+    assert_equal_to_recurrence(inputs, chains, replace(OPTIONS, intra_card=1))
+    assert_equal_to_recurrence(inputs, chains, OPTIONS)
+
+
+def test_truncated_maps_are_zero_and_others_the_same():
+    """Heads that lose more than 10 nats in a segment have M = 0; S_ext and the M of others keep their bits."""
+    chains = [(64, 64, 64)]
+    inputs = make_inputs(192, H=2)
+    inputs = replace(inputs, A_log=torch.tensor([-6.0, 3.0], device=DEVICE))
+    cu_seqlens, parts = bounds(chains, DEVICE), roles(chains, DEVICE)
+    laws = []
+    for truncate in (False, True):
+        rule = SegmentRule(inputs, OPTIONS, cu_seqlens, parts, (0, 3), truncate=truncate)
+        laws.append(rule.summarise()[0])
+    whole, cut = laws
+    assert torch.equal(whole.ext[:2], cut.ext[:2])
+    assert torch.equal(whole.transfer[1, 0], cut.transfer[1, 0])
+    assert whole.transfer[1, 1].any()
+    assert not cut.transfer[1, 1].any()
+
+
+def test_equal_bits_on_repetition():
+    chains, inputs = [(10, 66, 5)], make_inputs(81, HV=1)
+    d_output = torch.ones_like(inputs.v)
+    (o, first), (o_again, second) = (run_in_segments(inputs, OPTIONS, chains, d_output) for _ in range(2))
+    assert torch.equal(o, o_again)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None and y is not None)
