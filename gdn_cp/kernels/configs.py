@@ -181,9 +181,9 @@ def best_cut(
 ) -> tuple[int, int]:
     """Columns per program and chunks of a piece (0: no cut) of the least estimated time.
 
-    `sequences` are taken to have `chunks` chunks each; if `summarised`, the law of each whole one is needed
-    too. Cutting pays when the programs of whole sequences leave multiprocessors idle: for 132 processors, one sequence of 1024 chunks, 4 heads and K = V = 128, whole sequences
-    make 8 programs of 64 columns and 16 pieces make 128.
+    `sequences` are taken to have `chunks` chunks each; if `summarised`, the law of each whole one is needed too.
+    Cutting pays when the programs of whole sequences leave multiprocessors idle: for 132 processors, one sequence of
+    1024 chunks, 4 heads and K = V = 128, whole sequences make 8 programs of 64 columns and 16 pieces make 128.
     """
     best, plan = float("inf"), (64, 0)
     for block_v, (main, summary) in _STEP.items():
