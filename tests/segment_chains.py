@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import torch
@@ -10,16 +10,18 @@ from torch import Tensor
 
 from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs, begin_segment_backward, merge_states
 
-Chains = Sequence[Sequence[int]]
+Chains = tuple[tuple[int, ...], ...]
 """Lengths of the segments of each sequence, in order."""
 
 
+@lru_cache  # made once, so that a CUDA graph finds them on the device
 def bounds(chains: Chains, device: torch.device | str) -> Tensor:
     """int32 boundaries of all segments."""
     lengths = [length for chain in chains for length in chain]
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 
+@lru_cache
 def roles(chains: Chains, device: torch.device | str) -> Tensor:
     """int32: 1 where a state enters a segment, plus 2 where it goes on."""
     found = [(i > 0) + 2 * (i < len(chain) - 1) for chain in chains for i in range(len(chain))]
@@ -53,7 +55,9 @@ def _compose(ext: Tensor, transfer: Tensor, chains: Chains, *, reverse: bool) ->
         order = order[::-1] if reverse else order
         steps, heads = len(order) - 1, ext.shape[1]
         if steps:
-            parts = ext[order[:-1]].flatten(0, 1), transfer[order[1:-1]].flatten(0, 1)
-            merged = merge_states(*parts, (heads,) * steps, transpose=reverse)
-            found[order[1:]] = merged.view(steps, *ext.shape[1:])
+            first_parts = torch.cat([ext[i] for i in order[:-1]])
+            maps = torch.cat([transfer[i] for i in order[1:-1]]) if steps > 1 else transfer.flatten(0, 1)[:0]
+            merged = merge_states(first_parts, maps, (heads,) * steps, transpose=reverse)
+            for i, states in zip(order[1:], merged.split(heads), strict=True):
+                found[i] = states
     return found

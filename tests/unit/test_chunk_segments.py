@@ -20,8 +20,8 @@ OPTIONS = RuleOptions(
     use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True, backend="triton"
 )
 CHAINS = {
-    "one sequence in four": [(70, 130, 65, 3)],
-    "a whole sequence, an empty one and two in segments": [(40,), (66, 64), (0,), (1, 150, 20)],
+    "one sequence in four": ((70, 130, 65, 3),),
+    "a whole sequence, an empty one and two in segments": ((40,), (66, 64), (0,), (1, 150, 20)),
 }
 
 
@@ -38,7 +38,7 @@ def make_inputs(tokens: int, H: int = 1, HV: int = 2, K: int = 16, V: int = 32, 
 def expected_results(inputs: TokenInputs, chains, d_output: Tensor) -> tuple[Tensor, list[Tensor]]:
     leaves = [x.cpu().double().requires_grad_() for x in inputs.tensors() if x is not None]
     q, k, v, g, beta, A_log, dt_bias = leaves
-    cu_seqlens = bounds([[sum(chain)] for chain in chains], "cpu")
+    cu_seqlens = bounds(tuple((sum(chain),) for chain in chains), "cpu")
     flags = {name: getattr(OPTIONS, name) for name in vars(OPTIONS) if name.startswith("use_")}
     o, _ = recurrent_gated_delta_rule_reference(
         q, k, v, g, beta, A_log=A_log, dt_bias=dt_bias, cu_seqlens=cu_seqlens, **flags
@@ -67,14 +67,14 @@ def test_output_and_gradients_are_those_of_whole_sequences(chains, pieces):
 def test_slices_of_the_backward_cut_through_segments(monkeypatch):
     for module in (chunk_bwd, chunk_segments):
         monkeypatch.setattr(module, "slice_chunks", lambda *_: 2)
-    chains, inputs = [(30,), (65, 130)], make_inputs(225, HV=1)
+    chains, inputs = ((30,), (65, 130)), make_inputs(225, HV=1)
     assert_equal_to_recurrence(inputs, chains, replace(OPTIONS, intra_card=1))
     assert_equal_to_recurrence(inputs, chains, OPTIONS)
 
 
 def test_truncated_maps_are_zero_and_others_the_same():
     """Heads that lose more than 10 nats in a segment have M = 0; S_ext and the M of others keep their bits."""
-    chains = [(64, 64, 64)]
+    chains = ((64, 64, 64),)
     inputs = make_inputs(192, H=2)
     inputs = replace(inputs, A_log=torch.tensor([-6.0, 3.0], device=DEVICE))
     cu_seqlens, parts = bounds(chains, DEVICE), roles(chains, DEVICE)
@@ -90,7 +90,7 @@ def test_truncated_maps_are_zero_and_others_the_same():
 
 
 def test_equal_bits_on_repetition():
-    chains, inputs = [(10, 66, 5)], make_inputs(81, HV=1)
+    chains, inputs = ((10, 66, 5),), make_inputs(81, HV=1)
     d_output = torch.ones_like(inputs.v)
     (o, first), (o_again, second) = (run_in_segments(inputs, OPTIONS, chains, d_output) for _ in range(2))
     assert torch.equal(o, o_again)
