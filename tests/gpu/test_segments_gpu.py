@@ -1,9 +1,9 @@
 """Segments of one long sequence in bfloat16 on one GPU: their number does not add to the error against float64.
 
-The ranks are imitated on one GPU: the segments are summarised, composed and run as they are across ranks. Tolerance: 1.2
-times the unsplit rule's own error. The gradients of A_log and dt_bias are sums of few numbers to a head, whose errors
-are random; their terms have passed through up to five products with operands rounded by 2^-9, and cancel while their
-errors do not, so these are measured against the root of the sum of squared terms, as in `scripts/kernel_cases.py`.
+The ranks are imitated on one GPU: the segments are summarised, composed and run as they are across ranks. Tolerance:
+1.2 times the unsplit rule's own error. The gradients of A_log and dt_bias are sums of few numbers to a head, whose
+errors are random; their terms have passed through up to five products with operands rounded by 2^-9, and cancel while
+their errors do not, so these are measured against the root of the sum of squared terms, as `scripts/kernel_cases.py`.
 """
 
 from __future__ import annotations
