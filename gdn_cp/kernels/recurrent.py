@@ -108,7 +108,7 @@ def fused_recurrent_gated_delta_rule(
         cu_seqlens,
         state_indices,
         cache_seqlens,
-        chunk._checked_scale(scale, q.shape[-1]),
+        chunk.checked_scale(scale, q.shape[-1]),
         use_qk_l2norm_in_kernel,
         use_beta_sigmoid_in_kernel,
         state_v_first,

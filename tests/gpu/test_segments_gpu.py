@@ -3,7 +3,8 @@
 The ranks are imitated on one GPU: the segments are summarised, composed and run as they are across ranks. Tolerance:
 1.2 times the unsplit rule's own error. The gradients of A_log and dt_bias are sums of few numbers to a head, whose
 errors are random; their terms have passed through up to five products with operands rounded by 2^-9, and cancel while
-their errors do not, so these are measured against the root of the sum of squared terms, as `scripts/kernel_cases.py`.
+their errors do not, so these are measured against the root of the sum of squared terms. Since dg is a running sum over
+the 64 rows of a chunk, so are its errors, which adds up to sqrt(64) times as much.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.segment_chains import run_in_segments
 
 pytestmark = pytest.mark.gpu
 TOKENS, H, HV, K, V = 8192, 2, 4, 128, 128
-RATIO, ROUNDINGS = 1.2, 5 * 2.0**-9
+RATIO, GATE = 1.2, 5 * 2.0**-9 * 64**0.5
 RAW = RuleOptions(use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, use_beta_sigmoid_in_kernel=True)
 PLAIN = RuleOptions(use_qk_l2norm_in_kernel=True)
 Results = dict[str, Tensor]
@@ -84,7 +85,7 @@ def test_error_does_not_grow_with_the_number_of_segments(forgetful):
         return {name: float((x.double() - exact[name]).norm()) / size[name] for name, x in results.items()}
 
     whole = errors(unsplit(inputs, replace(options, intra_card=0), d_output, False))
-    limits = {name: ROUNDINGS if name in ("A_log", "dt_bias") else RATIO * error for name, error in whole.items()}
+    limits = {name: GATE if name in ("A_log", "dt_bias") else RATIO * error for name, error in whole.items()}
     worst, report = 0.0, {"unsplit": whole}
     for segments in (1, 2, 4, 8, 16, 32, 64):
         for pieces in (0, 2) if segments <= 8 else (0,):

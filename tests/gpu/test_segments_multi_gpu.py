@@ -5,7 +5,8 @@ Everything is measured against the mixer in float64 on one GPU. Tolerances:
 - output and gradient of the input: 1.2 times the error of one rank in bfloat16;
 - weights of the convolution and the norm: besides, each rank rounds its share to bfloat16, 2^-9 of it;
 - A_log and dt_bias: sums over tokens of terms that have passed through up to five products with operands rounded by
-  2^-9. The terms cancel and their errors do not, so these are measured against the root of the sum of squared terms.
+  2^-9. The terms cancel and their errors do not, so these are measured against the root of the sum of squared terms;
+  and since dg is a running sum over the 64 rows of a chunk, so are its errors, which adds up to sqrt(64) times as much.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.state_cases import build, divisors, relative_error
 
 DIMS = GdnDims(4, 8, head_k_dim=128, head_v_dim=128)
 SHARE = 2.0**-9
+GATE = 5 * SHARE * 64**0.5
 BATCHES = [
     ("zigzag", [0, 4096]),
     ("contiguous", [0, 700, 711, 3072, 4096]),
@@ -93,7 +95,7 @@ def errors_over_tolerance(rank: int, world: int) -> dict[str, float]:
                     limit += SHARE
                 error = relative_error(value, wanted)
                 if name in gate_sizes:
-                    error, limit = float((value - wanted).norm()) / gate_sizes[name], 5 * SHARE
+                    error, limit = float((value - wanted).norm()) / gate_sizes[name], GATE
                 found[f"{name}, {kind} {cu}, a2a_size {a2a_size}"] = error / limit
     return found
 
@@ -104,5 +106,5 @@ def test_every_a2a_size_errs_no_more_than_one_rank(run_ranks, world):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} NVIDIA GPUs, this machine has {torch.cuda.device_count()}")
     for rank, found in enumerate(run_ranks(errors_over_tolerance, world, backend="nccl", timeout=240.0)):
-        name, error = max(found.items(), key=lambda item: item[1])
-        assert error <= 1, f"rank {rank}: {name}: {error} times the tolerance"
+        beyond = {name: round(error, 2) for name, error in found.items() if not error <= 1}
+        assert not beyond, f"rank {rank}: times the tolerance: {beyond}"
