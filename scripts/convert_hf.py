@@ -1,4 +1,4 @@
-"""Convert a dense hybrid model between Hugging Face (Qwen3-Next, Qwen3.5's text model) and Megatron. No network.
+"""Convert a hybrid model between Hugging Face (Qwen3-Next, Qwen3.5's text model) and Megatron. No network.
 
     python scripts/convert_hf.py to-megatron --source Qwen-folder --target megatron-folder
     python scripts/convert_hf.py to-hf --source megatron-folder --target new-Qwen-folder

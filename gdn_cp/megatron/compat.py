@@ -13,13 +13,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_bac
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
-def mlp_spec(config: TransformerConfig) -> Any:
-    """The MLP (or mixture of experts) of plain Megatron modules.
+def mlp_spec(config: TransformerConfig, backend: Any = None, *, experts: bool = True) -> Any:
+    """The MLP, or mixture of experts where the config has them, of `backend`'s modules (None: plain Megatron's).
 
     0.16.1 gives a ModuleSpec, 0.19.2 a partial that its TransformerLayer calls with more arguments.
     """
     return get_mlp_module_spec_for_backend(
-        backend=LocalSpecProvider(), num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        backend=backend or LocalSpecProvider(),
+        num_experts=config.num_moe_experts if experts else None,
+        moe_grouped_gemm=config.moe_grouped_gemm,
     )
 
 

@@ -80,19 +80,23 @@ def install_cpu_shim() -> bool:
 
     Patched: `torch.cuda.current_device` (the CPU), `torch.cuda.synchronize` and `torch.cuda.current_stream` (nothing to
     wait for), `torch.Tensor.cuda` (the tensor itself); Megatron's tracker of random states and the state that
-    activation recomputation saves; the slice of rotary embeddings of unpacked sequences; the counter of tokens of the
-    pipeline schedules. Where CUDA is present nothing is touched and the result is False. A second call is harmless.
+    activation recomputation saves; the router's product without Transformer Engine (mixtures of experts run with
+    `moe_token_dispatcher_type="allgather"`); the slice of rotary embeddings of unpacked sequences; the counter of
+    tokens of the pipeline schedules. Where CUDA is present nothing is touched and the result is False. A second call is
+    harmless.
     """
     if torch.cuda.is_available():
         return False
     from megatron.core.models.common.embeddings import rope_utils, rotary_pos_embedding
     from megatron.core.pipeline_parallel import schedules
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
 
     cpu = torch.device("cpu")
     patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: cpu),
         (torch.cuda, "synchronize", lambda device=None: None),
+        (moe_utils, "te_general_gemm", getattr(moe_utils, "te_general_gemm", None)),  # 0.16.1 forgets it without TE
         (torch.Tensor, "cuda", lambda tensor, *_, **__: tensor),  # of tied embeddings on the last pipeline stage
         (torch.cuda, "current_stream", lambda device=None: None),  # 0.19.2's gradient buffers ask for it
         (random, "_get_cuda_rng_state", lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()),

@@ -25,6 +25,8 @@ query and 2 key/value heads:
 Norms. Hugging Face's decoder norms (and those of q and k) multiply by 1 + weight, the gated norm by weight; Megatron's
 by 1 + weight all of them, or none (`HybridModel.zero_centered`).
 
+Mixtures of experts: see `gdn_cp.megatron.huggingface_experts`.
+
 Dimensions: h hidden size, H and HV q/k and v heads and K and V their dims, r = HV/H; G key/value heads of attention, n
 query heads each, d their dim.
 """
@@ -39,13 +41,16 @@ from torch import Tensor
 
 from gdn_cp.gated_delta_net import GdnDims
 from gdn_cp.megatron.huggingface_config import HybridModel
+from gdn_cp.megatron.huggingface_experts import ROUTER_COPIES, OneByOne
 
 _Named = Iterator[tuple[str, Tensor]]
 
 _QKVZ, _BA = "linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"
 _FOUR = tuple(f"linear_attn.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a"))
 _QKV = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
-_GATE_UP = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+# Within an MLP.
+_GATE_UP, _FC1 = ("gate_proj.weight", "up_proj.weight"), "linear_fc1.weight"
+_DOWN, _FC2 = "down_proj.weight", "linear_fc2.weight"
 # Hugging Face's name, Megatron's: copied as they are.
 _GDN_COPIES = {
     "linear_attn.conv1d.weight": "self_attention.conv1d.weight",
@@ -54,7 +59,6 @@ _GDN_COPIES = {
     "linear_attn.out_proj.weight": "self_attention.out_proj.weight",
 }
 _ATTENTION_COPIES = {"self_attn.o_proj.weight": "self_attention.linear_proj.weight"}
-_MLP_COPIES = {"mlp.down_proj.weight": "mlp.linear_fc2.weight"}
 # Norms whose gain is 1 + weight at Hugging Face.
 _LAYER_NORMS = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -72,7 +76,7 @@ def to_megatron(source: Mapping[str, Tensor], model: HybridModel, *, ignore: tup
 
     Args:
         source: Hugging Face's tensors by name; each is read once (a lazy mapping is fine). `model.language_model.` of
-            the multimodal models is read as `model.`.
+            the multimodal models is read as `model.`, and experts may be one tensor for all of a layer.
         model: its sizes.
         ignore: beginnings of names that shall be left out, such as "mtp." and "model.visual.".
 
@@ -82,6 +86,8 @@ def to_megatron(source: Mapping[str, Tensor], model: HybridModel, *, ignore: tup
         ValueError: before anything is yielded, for a missing tensor and for one that has no place; on reaching it, for
             one of a wrong shape.
     """
+    if model.experts is not None:
+        source = OneByOne(source, model.experts.num_experts)
     read = _Reader(source, "Hugging Face", _huggingface_names(model), ignore, model.tie_embeddings, _OUTPUT[0])
     return _to_megatron(read, model)
 
@@ -144,7 +150,7 @@ def _to_megatron(read: Callable[[str], Tensor], model: HybridModel) -> _Named:
     for layer, is_gdn in enumerate(model.linear_attention):
         theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
         norms = {**_LAYER_NORMS, **({} if is_gdn else _ATTENTION_NORMS)}
-        copies = {**(_GDN_COPIES if is_gdn else _ATTENTION_COPIES), **_MLP_COPIES}
+        copies = _copies(model, layer)
         if is_gdn:
             weight = read(theirs + _GATED_NORM[0])
             yield ours + _GATED_NORM[1], _shifted(weight, -1) if model.zero_centered else weight
@@ -156,7 +162,9 @@ def _to_megatron(read: Callable[[str], Tensor], model: HybridModel) -> _Named:
         else:
             qkv = join_linear_qkv(*(read(theirs + name) for name in _QKV), groups=model.num_query_groups)
             yield ours + "self_attention.linear_qkv.weight", qkv
-        yield ours + "mlp.linear_fc1.weight", torch.cat([read(theirs + name) for name in _GATE_UP])
+        for their_mlp, our_mlp, _width in _mlps(model, layer):
+            yield ours + our_mlp + _FC1, torch.cat([read(theirs + their_mlp + name) for name in _GATE_UP])
+            yield ours + our_mlp + _FC2, read(theirs + their_mlp + _DOWN)
         yield from ((ours + to, read(theirs + name)) for name, to in copies.items())
         yield from ((ours + to, gain(read(theirs + name))) for name, to in norms.items())
     yield _FINAL_NORM[1], gain(read(_FINAL_NORM[0]))
@@ -173,8 +181,7 @@ def _to_huggingface(read: Callable[[str], Tensor], model: HybridModel) -> _Named
     for layer, is_gdn in enumerate(model.linear_attention):
         theirs, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
         norms = {**_LAYER_NORMS, **({} if is_gdn else _ATTENTION_NORMS)}
-        copies = {**(_GDN_COPIES if is_gdn else _ATTENTION_COPIES), **_MLP_COPIES}
-        gate, up = read(ours + "mlp.linear_fc1.weight").chunk(2)
+        copies = _copies(model, layer)
         if is_gdn:
             in_proj = read(ours + "self_attention.in_proj.weight")
             yield from ((theirs + name, rows) for name, rows in _split_in_proj(in_proj, model).items())
@@ -186,12 +193,28 @@ def _to_huggingface(read: Callable[[str], Tensor], model: HybridModel) -> _Named
                 read(ours + "self_attention.linear_qkv.weight"), model.num_query_groups, model.kv_channels
             )
             yield from ((theirs + name, rows) for name, rows in zip(_QKV, qkv, strict=True))
-        yield from ((theirs + name, part) for name, part in zip(_GATE_UP, (gate, up), strict=True))
+        for their_mlp, our_mlp, _width in _mlps(model, layer):
+            halves = read(ours + our_mlp + _FC1).chunk(2)
+            yield from ((theirs + their_mlp + name, half) for name, half in zip(_GATE_UP, halves, strict=True))
+            yield theirs + their_mlp + _DOWN, (down := read(ours + our_mlp + _FC2))
         yield from ((theirs + name, read(ours + to)) for name, to in copies.items())
-        yield from ((theirs + name, gain(read(ours + to), gate.dtype)) for name, to in norms.items())
+        yield from ((theirs + name, gain(read(ours + to), down.dtype)) for name, to in norms.items())
     yield _FINAL_NORM[0], gain(read(_FINAL_NORM[1]), embedding.dtype)
     if not model.tie_embeddings:
         yield _OUTPUT[0], read(_OUTPUT[1])
+
+
+def _mlps(model: HybridModel, layer: int) -> Iterator[tuple[str, str, int]]:
+    """(Hugging Face's prefix, Megatron's, width) of each MLP of a layer."""
+    if model.experts is not None and model.experts.sparse[layer]:
+        return model.experts.mlps()
+    return iter([("mlp.", "mlp.", model.ffn_hidden_size)])
+
+
+def _copies(model: HybridModel, layer: int) -> dict[str, str]:
+    """What of a layer is copied as it is, the MLPs aside: Hugging Face's name, Megatron's."""
+    mixer = _GDN_COPIES if model.linear_attention[layer] else _ATTENTION_COPIES
+    return mixer | (ROUTER_COPIES if model.experts is not None and model.experts.sparse[layer] else {})
 
 
 def split_qwen3_next_in_proj(qkvz: Tensor, ba: Tensor, gdn: GdnDims) -> tuple[Tensor, ...]:
@@ -242,16 +265,21 @@ def _shifted(weight: Tensor, by: int) -> Tensor:
     return exact
 
 
-def _layer_shapes(model: HybridModel, is_gdn: int) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+def _layer_shapes(model: HybridModel, layer: int) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
     """Names and shapes within one layer at (Hugging Face, Megatron)."""
-    h, ffn, gdn = model.hidden_size, model.ffn_hidden_size, model.gdn
+    h, gdn = model.hidden_size, model.gdn
     v_dim = gdn.num_v_heads * gdn.head_v_dim
-    shapes = {"mlp.down_proj.weight": (h, ffn), **dict.fromkeys(_LAYER_NORMS, (h,))}
-    theirs: dict[str, tuple[int, ...]] = dict.fromkeys(_GATE_UP, (ffn, h))
-    ours: dict[str, tuple[int, ...]] = {"mlp.linear_fc1.weight": (2 * ffn, h)}
-    copies = {**_LAYER_NORMS, **_MLP_COPIES}
-    if is_gdn:
-        copies |= {**_GDN_COPIES, _GATED_NORM[0]: _GATED_NORM[1]}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(_LAYER_NORMS, (h,))
+    theirs: dict[str, tuple[int, ...]] = {}
+    ours: dict[str, tuple[int, ...]] = {}
+    for their_mlp, our_mlp, width in _mlps(model, layer):
+        theirs |= {their_mlp + name: (width, h) for name in _GATE_UP} | {their_mlp + _DOWN: (h, width)}
+        ours |= {our_mlp + _FC1: (2 * width, h), our_mlp + _FC2: (h, width)}
+    copies = {**_LAYER_NORMS, **_copies(model, layer)}
+    if model.experts is not None and model.experts.sparse[layer]:
+        shapes |= dict(zip(ROUTER_COPIES, ((model.experts.num_experts, h), (1, h)), strict=True))
+    if model.linear_attention[layer]:
+        copies |= {_GATED_NORM[0]: _GATED_NORM[1]}
         heads, conv = (gdn.num_v_heads,), (gdn.conv_dim, 1, gdn.conv_kernel)
         shapes |= dict(zip(_GDN_COPIES, (conv, heads, heads, (h, v_dim)), strict=True))
         shapes[_GATED_NORM[0]] = (gdn.head_v_dim,)
@@ -261,7 +289,7 @@ def _layer_shapes(model: HybridModel, is_gdn: int) -> tuple[dict[str, tuple[int,
         else:
             theirs |= dict(zip(_FOUR, ((width, h) for width in (gdn.conv_dim, *gdn.sections[3:])), strict=True))
     else:
-        copies |= {**_ATTENTION_COPIES, **_ATTENTION_NORMS}
+        copies |= _ATTENTION_NORMS
         q, kv = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
         shapes |= {"self_attn.o_proj.weight": (h, q), **dict.fromkeys(_ATTENTION_NORMS, (model.kv_channels,))}
         theirs |= dict(zip(_QKV, ((2 * q, h), (kv, h), (kv, h)), strict=True))
@@ -275,8 +303,8 @@ def _all_shapes(model: HybridModel, side: int, layer_prefix: str) -> dict[str, t
     if not model.tie_embeddings:
         ends[_OUTPUT[side]] = table
     layers = (
-        {f"{layer_prefix}{layer}.{name}": shape for name, shape in _layer_shapes(model, is_gdn)[side].items()}
-        for layer, is_gdn in enumerate(model.linear_attention)
+        {f"{layer_prefix}{layer}.{name}": shape for name, shape in _layer_shapes(model, layer)[side].items()}
+        for layer in range(model.num_layers)
     )
     return dict(chain(ends.items(), *(shapes.items() for shapes in layers)))
 

@@ -1,7 +1,7 @@
 """One description of a hybrid model from which both configurations follow: Hugging Face's and Megatron's.
 
-Known are the dense models of the families Qwen3-Next ("qwen3_next") and Qwen3.5 (the text model, "qwen3_5_text").
-What one side cannot say is refused, never dropped.
+Known are the families Qwen3-Next ("qwen3_next", dense or with experts) and Qwen3.5 (the text model: "qwen3_5_text",
+and "qwen3_5_moe_text" with experts). What one side cannot say is refused, never dropped.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from typing import Any
 from torch.nn.functional import silu
 
 from gdn_cp.gated_delta_net import GdnDims
+from gdn_cp.megatron.huggingface_experts import Experts
 
-FAMILIES = {"qwen3_next": "Qwen3NextForCausalLM", "qwen3_5_text": "Qwen3_5ForCausalLM"}
+FAMILIES = {
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
 
 
 @dataclass(frozen=True)
 class HybridModel:
-    """Sizes and settings of a dense hybrid model, over all ranks.
+    """Sizes and settings of a hybrid model, over all ranks.
 
     `linear_attention` has 1 for a Gated DeltaNet layer and 0 for full attention, layer by layer. `zero_centered`:
     Megatron's norm weights hold the gain minus one (`layernorm_zero_centered_gamma`), as Hugging Face's decoder norms
-    do, so that these need no arithmetic.
+    do, so that these need no arithmetic. `experts`: None for a dense model; `ffn_hidden_size` is of its dense layers.
 
     Raises ValueError for an unknown family, a list of another length than `num_layers` or heads that do not divide.
     """
@@ -49,6 +54,7 @@ class HybridModel:
     max_sequence_length: int
     tie_embeddings: bool
     zero_centered: bool = True
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -58,6 +64,8 @@ class HybridModel:
                 f"layer_types: {len(self.linear_attention)} entries for num_hidden_layers={self.num_layers}; give one "
                 "for each layer"
             )
+        if self.experts is not None and len(self.experts.sparse) != self.num_layers:
+            raise ValueError(f"experts.sparse: {len(self.experts.sparse)} entries for {self.num_layers} layers")
         if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -80,8 +88,8 @@ class HybridModel:
     def from_huggingface(cls, config: Mapping[str, Any], *, zero_centered: bool = True) -> HybridModel:
         """Read the content of a `config.json` (of transformers 4.57 or 5; of a multimodal Qwen3.5 its text part).
 
-        Raises ValueError, naming the setting, for what the Megatron model has no equivalent of: mixtures of experts,
-        biases, other activations, scaled rotary embeddings.
+        Raises ValueError, naming the setting, for what the Megatron model has no equivalent of: biases, other
+        activations, scaled rotary embeddings.
         """
         if "text_config" in config:
             config = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config["text_config"]}
@@ -94,12 +102,13 @@ class HybridModel:
         unknown = set(types) - {"linear_attention", "full_attention"}
         if unknown:
             raise ValueError(f"layer_types: {sorted(unknown)} are not known; only linear_attention and full_attention")
-        _refuse_unsupported(config, layers)
+        _refuse_unsupported(config)
+        experts = Experts.from_huggingface(config, layers)
         return cls(
             family=config["model_type"],
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
-            ffn_hidden_size=config["intermediate_size"],
+            ffn_hidden_size=_dense_width(config, experts),
             num_layers=layers,
             linear_attention=tuple(int(kind == "linear_attention") for kind in types),
             num_attention_heads=config["num_attention_heads"],
@@ -116,6 +125,7 @@ class HybridModel:
             max_sequence_length=config["max_position_embeddings"],
             tie_embeddings=bool(config.get("tie_word_embeddings", False)),
             zero_centered=zero_centered,
+            experts=experts,
         )
 
     @classmethod
@@ -139,7 +149,6 @@ class HybridModel:
             "qk_layernorm": True,
             "attention_output_gate": True,
             "normalization": "RMSNorm",
-            "num_moe_experts": None,
         }
         for name, value in needed.items():
             if getattr(config, name) != value:
@@ -157,13 +166,15 @@ class HybridModel:
             max_sequence_length=model.max_sequence_length,
             tie_embeddings=model.share_embeddings_and_output_weights,
             zero_centered=config.layernorm_zero_centered_gamma,
+            experts=Experts.from_megatron(config),
             **{name: getattr(config, name) for name in _SAME_NAMES},
         )
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> HybridModel:
         """The inverse of `dataclasses.asdict` after a way through JSON."""
-        return cls(**{**content, "linear_attention": tuple(content["linear_attention"])})
+        experts = Experts.from_json(content.get("experts"))
+        return cls(**{**content, "linear_attention": tuple(content["linear_attention"]), "experts": experts})
 
     def to_huggingface(self, dtype: str) -> dict[str, Any]:
         """The content of a `config.json`; `dtype` as Hugging Face spells it, such as "bfloat16"."""
@@ -192,7 +203,9 @@ class HybridModel:
             "max_position_embeddings": self.max_sequence_length,
             "tie_word_embeddings": self.tie_embeddings,
         }
-        if self.family == "qwen3_next":  # its layers are mixtures of experts unless this says otherwise
+        if self.experts is not None:
+            config.update(self.experts.to_huggingface(self.family))
+        elif self.family == "qwen3_next":  # its layers are mixtures of experts unless this says otherwise
             config.update(num_experts=0, mlp_only_layers=list(range(self.num_layers)))
         return config
 
@@ -200,6 +213,7 @@ class HybridModel:
         """Arguments of Megatron's TransformerConfig; add the parallel sizes, `params_dtype` and the like."""
         return {
             **{name: getattr(self, name) for name in _SAME_NAMES},
+            **({} if self.experts is None else self.experts.transformer_settings()),
             "ffn_hidden_size": self.ffn_hidden_size,
             "linear_attention_freq": list(self.linear_attention),
             "layernorm_epsilon": self.norm_eps,
@@ -259,16 +273,15 @@ def _rope(config: Mapping[str, Any]) -> dict[str, float]:
     return rope
 
 
-def _refuse_unsupported(config: Mapping[str, Any], layers: int) -> None:
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if config.get("attention_bias"):
         raise ValueError("attention_bias=True: the Megatron layers have no biases")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={config['hidden_act']!r}: only 'silu' is supported")
-    experts = config.get("num_experts", 512 if config.get("model_type") == "qwen3_next" else 0)
-    sparse_step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    for layer in range(layers):
-        if experts and layer not in dense and (layer + 1) % sparse_step == 0:
-            raise ValueError(
-                f"model.layers.{layer}.mlp is a mixture of num_experts={experts} experts: only dense layers can be "
-                "converted (mlp_only_layers lists them)"
-            )
+
+
+def _dense_width(config: Mapping[str, Any], experts: Experts | None) -> int:
+    """Width of the dense MLPs; where there are none, and the configuration says nothing, that of an expert."""
+    if experts is not None and "intermediate_size" not in config:
+        return experts.ffn_hidden_size
+    return config["intermediate_size"]

@@ -10,6 +10,7 @@ Leave `experimental_attention_variant=None`: with "gated_delta_net" megatron-cor
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -29,6 +30,7 @@ from gdn_cp.comm.choice import A2aSize
 from gdn_cp.megatron.compat import mlp_spec
 from gdn_cp.megatron.core_attention import CoreAttention
 from gdn_cp.megatron.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules
+from gdn_cp.megatron.huggingface_experts import moe_pattern
 from gdn_cp.megatron.norm import RMSNorm
 from gdn_cp.megatron.rotary import PackedSelfAttention
 
@@ -41,7 +43,7 @@ _MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def get_gdn_layer_spec(
-    config: TransformerConfig, *, backend: str | None = None, a2a_size: A2aSize = "largest"
+    config: TransformerConfig, *, backend: str | None = None, a2a_size: A2aSize = "largest", experts: bool = True
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet in place of self-attention.
 
@@ -50,19 +52,21 @@ def get_gdn_layer_spec(
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
         a2a_size: how context parallelism shares the work, see `gdn_cp.megatron.GatedDeltaNet`. A batch's
             packed_seq_params may say otherwise.
+        experts: False gives a dense layer in a model with `config.num_moe_experts`.
     """
     mixer = ModuleSpec(
         module=GatedDeltaNet,
         params={"backend": backend, "a2a_size": a2a_size},
         submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear),
     )
-    return _layer_spec(config, mixer, _GDN_KEYS)
+    return _layer_spec(config, mixer, _GDN_KEYS, experts)
 
 
-def get_attention_layer_spec(config: TransformerConfig) -> ModuleSpec:
+def get_attention_layer_spec(config: TransformerConfig, *, experts: bool = True) -> ModuleSpec:
     """A transformer layer with full attention that takes packed batches under context parallelism.
 
-    `config.qk_layernorm` and `config.attention_output_gate` (both set in Qwen3-Next) are honoured.
+    `experts` as in `get_gdn_layer_spec`. `config.qk_layernorm` and `config.attention_output_gate` (both set in
+    Qwen3-Next) are honoured.
     """
     norm: Any = RMSNorm if config.qk_layernorm else None
     attention = ModuleSpec(
@@ -76,7 +80,7 @@ def get_attention_layer_spec(config: TransformerConfig) -> ModuleSpec:
             k_layernorm=norm,
         ),
     )
-    return _layer_spec(config, attention, _ATTENTION_KEYS)
+    return _layer_spec(config, attention, _ATTENTION_KEYS, experts)
 
 
 def get_hybrid_block_spec(
@@ -91,7 +95,8 @@ def get_hybrid_block_spec(
     """The decoder of a hybrid model: full attention every `config.linear_attention_freq`-th layer, else GDN.
 
     Args:
-        config: `linear_attention_freq` is a number (None: 4) or a list with 1 for GDN and 0 for attention per layer.
+        config: `linear_attention_freq` is a number (None: 4) or a list with 1 for GDN and 0 for attention per layer;
+            `moe_layer_freq` says which layers have experts, if the model has them.
         backend: implementation of the delta rule.
         a2a_size: of the GDN layers, see `get_gdn_layer_spec`.
         vp_stage: virtual pipeline stage.
@@ -112,23 +117,18 @@ def get_hybrid_block_spec(
     else:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
         stage = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
-    gdn, attention, final_norm = _layers_of(config, backend, a2a_size, transformer_engine)
-    layers = [gdn if pattern[layer] else attention for layer in stage]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
-
-
-def _layers_of(
-    config: TransformerConfig, backend: str | None, a2a_size: A2aSize, transformer_engine: bool
-) -> tuple[ModuleSpec, ModuleSpec, Any]:
-    """(GDN layer, attention layer, final norm)."""
+    gdn: Any = partial(get_gdn_layer_spec, config, backend=backend, a2a_size=a2a_size)
+    attention: Any = partial(get_attention_layer_spec, config)
+    final_norm: Any = RMSNorm
     if transformer_engine:
         from gdn_cp.megatron import transformer_engine as te
 
         engine = te.load_engine()
-        gdn = te.gdn_layer_spec(config, engine, backend=backend, a2a_size=a2a_size)
-        return gdn, te.attention_layer_spec(config, engine), engine.norm
-    gdn = get_gdn_layer_spec(config, backend=backend, a2a_size=a2a_size)
-    return gdn, get_attention_layer_spec(config), RMSNorm
+        gdn = partial(te.gdn_layer_spec, config, engine, backend=backend, a2a_size=a2a_size)
+        attention, final_norm = partial(te.attention_layer_spec, config, engine), engine.norm
+    sparse = moe_pattern(config)
+    layers = [(gdn if pattern[layer] else attention)(experts=bool(sparse[layer])) for layer in stage]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=final_norm)
 
 
 def _check_pipeline(config: TransformerConfig) -> None:
@@ -159,14 +159,14 @@ def linear_attention_pattern(config: TransformerConfig) -> list[int]:
     return [int((layer + 1) % every != 0) for layer in range(config.num_layers)]
 
 
-def _layer_spec(config: TransformerConfig, mixer: ModuleSpec, keys: dict[str, str]) -> ModuleSpec:
-    dense = config.num_moe_experts is None
+def _layer_spec(config: TransformerConfig, mixer: ModuleSpec, keys: dict[str, str], experts: bool) -> ModuleSpec:
+    dense = config.num_moe_experts is None or not experts
     submodules: dict[str, Any] = {
         "input_layernorm": RMSNorm,
         "self_attention": mixer,
         "self_attn_bda": get_bias_dropout_add,
         "pre_mlp_layernorm": RMSNorm,
-        "mlp": mlp_spec(config),
+        "mlp": mlp_spec(config, experts=experts),
         "mlp_bda": get_bias_dropout_add,
         "sharded_state_dict_keys_map": {**keys, **(_MLP_KEYS if dense else {})},
     }

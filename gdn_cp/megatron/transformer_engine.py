@@ -19,7 +19,6 @@ from functools import lru_cache
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from gdn_cp.comm.choice import A2aSize
+from gdn_cp.megatron.compat import mlp_spec
 from gdn_cp.megatron.gated_delta_net import GatedDeltaNet, GatedDeltaNetSubmodules, dims_of_config
 from gdn_cp.megatron.rotary import PackedSelfAttention
 
@@ -69,7 +69,12 @@ def load_engine() -> Engine:
 
 
 def gdn_layer_spec(
-    config: TransformerConfig, engine: Engine, *, backend: str | None = None, a2a_size: A2aSize = "largest"
+    config: TransformerConfig,
+    engine: Engine,
+    *,
+    backend: str | None = None,
+    a2a_size: A2aSize = "largest",
+    experts: bool = True,
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet, as `gdn_cp.megatron.get_gdn_layer_spec`, of TE modules.
 
@@ -84,10 +89,10 @@ def gdn_layer_spec(
         ),
         metainfo={"fuse_input_layernorm": True},
     )
-    return _layer_spec(config, engine, mixer)
+    return _layer_spec(config, engine, mixer, experts)
 
 
-def attention_layer_spec(config: TransformerConfig, engine: Engine) -> ModuleSpec:
+def attention_layer_spec(config: TransformerConfig, engine: Engine, *, experts: bool = True) -> ModuleSpec:
     """A transformer layer with full attention, as `gdn_cp.megatron.get_attention_layer_spec`, of TE modules."""
     norm: Any = engine.norm if config.qk_layernorm else None
     attention = ModuleSpec(
@@ -101,7 +106,7 @@ def attention_layer_spec(config: TransformerConfig, engine: Engine) -> ModuleSpe
             k_layernorm=norm,
         ),
     )
-    return _layer_spec(config, engine, attention)
+    return _layer_spec(config, engine, attention, experts)
 
 
 @lru_cache(maxsize=8)
@@ -145,16 +150,14 @@ def _check_fp8(config: TransformerConfig) -> None:
             )
 
 
-def _layer_spec(config: TransformerConfig, engine: Engine, mixer: ModuleSpec) -> ModuleSpec:
-    mlp: Any = get_mlp_module_spec_for_backend(
-        backend=engine.provider, num_experts=config.num_moe_experts, moe_grouped_gemm=config.moe_grouped_gemm
-    )
+def _layer_spec(config: TransformerConfig, engine: Engine, mixer: ModuleSpec, experts: bool) -> ModuleSpec:
+    dense = config.num_moe_experts is None or not experts
     submodules: dict[str, Any] = {
         "input_layernorm": IdentityOp,
         "self_attention": mixer,
         "self_attn_bda": get_bias_dropout_add,
-        "pre_mlp_layernorm": IdentityOp if config.num_moe_experts is None else engine.norm,
-        "mlp": mlp,
+        "pre_mlp_layernorm": IdentityOp if dense else engine.norm,
+        "mlp": mlp_spec(config, engine.provider, experts=experts),
         "mlp_bda": get_bias_dropout_add,
     }
     return ModuleSpec(module=TransformerLayer, submodules=TransformerLayerSubmodules(**submodules))

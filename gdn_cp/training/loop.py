@@ -26,7 +26,7 @@ from gdn_cp.training.parallel import Ranks, choose_device, distributed, model_pa
 from gdn_cp.training.plot import plot_run
 from gdn_cp.training.step import StepResult, run_step
 from gdn_cp.training.tokenizer import BpeTokenizer, ByteTokenizer, Tokenizer
-from gdn_cp.training.weights import export_weights
+from gdn_cp.training.weights import describe_model, export_weights
 
 _SUMMARY_STEPS = 5  # the summary's loss is the mean of the last few, since packs differ
 
@@ -240,12 +240,13 @@ class _Run:
         export_weights(weights, self.module, self.config.model, self.ranks.tp_group, write=writer)
         if not writer:
             return Summary(math.nan, self.entropy, self.step, None)
+        described = describe_model(self.out / "model.json", self.module)
         losses = [record["loss"] for record in read_steps(self.out / METRICS_FILE) if not record["skipped"]]
         last = losses[-_SUMMARY_STEPS:]
         plot = plot_run(self.out)
         summary = Summary(sum(last) / max(1, len(last)), self.entropy, self.step, plot)
         log.event("end", steps=self.step, final_loss=summary.final_loss, unigram_entropy=self.entropy)
-        log.say(f"weights: {weights}")
+        log.say(f"weights: {weights}, described for scripts/convert_hf.py: {described}")
         log.say(f"plot: {plot}")
         log.say(summary.line())
         return summary

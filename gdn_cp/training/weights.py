@@ -11,10 +11,13 @@ tensor-parallel size and on every device.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -128,3 +131,15 @@ def export_weights(
         partial = path.with_name(f".{path.name}.partial")
         save_file({name: tensor.to("cpu").contiguous() for name, tensor in whole.items()}, str(partial))
         partial.replace(path)
+
+
+def describe_model(path: Path, module: Any) -> str:
+    """Write beside the weights what `scripts/convert_hf.py` needs to know of the model; returns what was done."""
+    from gdn_cp.megatron.huggingface_config import HybridModel
+
+    try:
+        sizes = HybridModel.from_megatron(module.config, module)
+    except ValueError as error:  # Hugging Face's models have, for one, always an output gate
+        return f"none, {error}"
+    path.write_text(json.dumps(dataclasses.asdict(sizes), indent=2) + "\n", encoding="utf-8")
+    return str(path)

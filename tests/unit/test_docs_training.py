@@ -56,7 +56,7 @@ def run_commands(rank: int, world: int, folder: str, commands: list[str]) -> lis
 def test_scripts_run_as_the_document_says(run_ranks, tmp_path):
     write_text(tmp_path / "text")
     scripts = [command for command in COMMANDS if not command.startswith("make")]
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     # One world for each number of ranks, the plot of a run on two after it.
     for ranks, commands in groupby(sorted(scripts, key=ranks_of, reverse=True), key=ranks_of):
         wanted = list(commands)
@@ -66,7 +66,8 @@ def test_scripts_run_as_the_document_says(run_ranks, tmp_path):
     assert {step["a2a_sizes"][0] for step in runs["odd"]} == {1}
     assert {step["a2a_sizes"][0] for step in runs["states"]} == {2}
     files = {path.name for path in (tmp_path / "runs" / "two").iterdir()}
-    assert files >= {METRICS_FILE, "loss.png", "weights.safetensors", "checkpoints"}
+    assert files >= {METRICS_FILE, "loss.png", "weights.safetensors", "model.json", "checkpoints"}
+    assert (tmp_path / "hf" / "config.json").exists()
     resumed = read_last(tmp_path / "runs" / "two" / METRICS_FILE, "start")
     assert resumed is not None
     assert resumed["first_step"] == 2

@@ -21,6 +21,12 @@ from gdn_cp.megatron.whole_weights import load_whole, share_of
 from scripts import convert_hf
 
 FAMILIES = ("qwen3_next", "qwen3_5_text")
+EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
 DOCUMENTS = (13, 1, 30, 20)
 # Both compute in float32, in another order: each errs by 3e-6 to 5e-6 of the same model in float64, on logits up to 2.
 TOLERANCE = 2e-5
@@ -48,6 +54,12 @@ def theirs(family: str, **changed: Any) -> Any:
     if family == "qwen3_next":
         config = transformers.Qwen3NextConfig(**{**SIZES, "mlp_only_layers": list(range(4)), **changed})
         make = transformers.Qwen3NextForCausalLM
+    elif family == "qwen3_5_moe_text":
+        if not hasattr(transformers, "Qwen3_5MoeTextConfig"):
+            pytest.skip("this transformers has no Qwen3.5 with experts")
+        sizes = {name: size for name, size in SIZES.items() if name != "intermediate_size"}
+        config = transformers.Qwen3_5MoeTextConfig(**{**sizes, **EXPERTS, **changed})
+        make = transformers.Qwen3_5MoeForCausalLM
     else:
         if not hasattr(transformers, "Qwen3_5TextConfig"):
             pytest.skip("this transformers has no Qwen3.5")
@@ -73,7 +85,9 @@ def their_logits(model: Any) -> Tensor:
 
 
 @torch.no_grad()
-def our_logits(source: Any, model: HybridModel, *, tp: int = 1, cp: int = 1, packed: bool = True) -> Tensor:
+def our_logits(
+    source: Any, model: HybridModel, *, tp: int = 1, cp: int = 1, ep: int = 1, packed: bool = True
+) -> Tensor:
     """All tokens' logits from the Megatron model, cut as said; equal on all ranks."""
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -87,18 +101,33 @@ def our_logits(source: Any, model: HybridModel, *, tp: int = 1, cp: int = 1, pac
 
     install_cpu_shim()
     parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, context_parallel_size=cp)
+    expert_tp = tp if ep == 1 else 1
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=expert_tp,
+    )
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
         **model.transformer_settings(),
         tensor_model_parallel_size=tp,
         context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=expert_tp,
         use_cpu_initialization=True,
     )
     block: Any = get_hybrid_block_spec(config)
-    gpt = GPTModel(config, block, **model.model_settings(), parallel_output=False)
+    gpt = GPTModel(config, block, **model.model_settings(), parallel_output=False).eval()
     assert HybridModel.from_megatron(config, gpt, family=model.family) == model
-    load_whole(gpt, source, model, parallel_state.get_tensor_model_parallel_group())
+    load_whole(
+        gpt,
+        source,
+        model,
+        parallel_state.get_tensor_model_parallel_group(),
+        expert_tp_group=parallel_state.get_expert_tensor_parallel_group(),
+        expert_group=parallel_state.get_expert_model_parallel_group(),
+    )
     if not packed:
         return torch.cat([gpt(ids[None], torch.zeros_like(ids)[None], None)[0] for ids in tokens().split(DOCUMENTS)])
     group = parallel_state.get_context_parallel_group()
@@ -120,18 +149,23 @@ def _cuts(rank: int, world_size: int, folder: str, cuts: list[dict[str, Any]]) -
 
 
 @pytest.mark.parametrize(
-    ("family", "options"),
+    ("family", "changed", "options"),
     [
-        ("qwen3_next", []),
-        ("qwen3_next", ["--no-zero-centered"]),
-        ("qwen3_5_text", ["--ignore", "mtp.", "model.visual."]),
+        ("qwen3_next", {}, []),
+        ("qwen3_next", {}, ["--no-zero-centered"]),
+        ("qwen3_next", {**EXPERTS, "mlp_only_layers": [1]}, []),
+        ("qwen3_next", {**EXPERTS, "mlp_only_layers": [], "norm_topk_prob": False}, []),
+        ("qwen3_5_text", {}, ["--ignore", "mtp.", "model.visual."]),
+        ("qwen3_5_moe_text", {}, []),
     ],
-    ids=["qwen3_next", "qwen3_next_plain_norms", "qwen3_5"],
+    ids=["qwen3_next", "plain_norms", "qwen3_next_experts", "experts_not_normalised", "qwen3_5", "qwen3_5_experts"],
 )
-def test_converted_folder_has_the_same_logits_under_every_cut_and_converts_back(run_ranks, tmp_path, family, options):
+def test_converted_folder_has_the_same_logits_under_every_cut_and_converts_back(
+    run_ranks, tmp_path, family, changed, options
+):
     from safetensors.torch import load_file, save_file
 
-    model = theirs(family)
+    model = theirs(family, **changed)
     hf, megatron, back = (tmp_path / name for name in ("hf", "megatron", "back"))
     model.save_pretrained(hf)
     assert convert_hf.main(["to-megatron", "--source", str(hf), "--target", str(megatron), *options]) == 0
@@ -139,7 +173,10 @@ def test_converted_folder_has_the_same_logits_under_every_cut_and_converts_back(
     assert expected.std() > 0.3
     out_norm = TensorFolder(megatron)["decoder.layers.0.self_attention.out_norm.weight"]
     assert out_norm.dtype == (torch.float32 if "--no-zero-centered" in options else torch.float64)
-    for cuts, world in (([{"packed": False}, {}], 1), ([{"tp": 2}, {"cp": 2}, {"tp": 2, "packed": False}], 2)):
+    on_two: list[dict[str, Any]] = [{"tp": 2}, {"cp": 2}, {"tp": 2, "packed": False}]
+    if changed or family == "qwen3_5_moe_text":
+        on_two += [{"cp": 2, "ep": 2}, {"tp": 2, "ep": 2}]
+    for cuts, world in (([{"packed": False}, {}], 1), (on_two, 2)):
         for rank, results in enumerate(run_ranks(_cuts, world, str(megatron), cuts)):
             errors = [float((logits - expected).abs().max()) for logits in results]
             assert max(errors) < TOLERANCE, (rank, errors)
@@ -217,8 +254,8 @@ def config_of(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_experts": 8, "mlp_only_layers": [0, 2]}, r"model.layers.1.mlp is a mixture of num_experts=8"),
-        ({"num_experts": 8, "decoder_sparse_step": 2}, r"model.layers.1.mlp is a mixture"),
+        ({**EXPERTS, "num_experts_per_tok": 7}, "num_experts_per_tok=7 must be between 1 and num_experts=6"),
+        ({**EXPERTS, "model_type": "qwen3_5_text"}, "num_experts=6: model_type='qwen3_5_text' has no experts"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
@@ -269,6 +306,97 @@ def test_weights_that_would_be_lost_or_are_missing_or_of_a_wrong_shape_are_refus
         share_of("decoder.layers.0.self_attention.in_proj.weight", torch.zeros(2, 1), odd_heads(), 4, 0)
 
 
+def test_experts_in_one_tensor_are_read_as_one_by_one():
+    model = theirs("qwen3_5_moe_text")
+    sizes = HybridModel.from_huggingface(model.config.to_dict())
+    together = {name: x.detach() for name, x in model.state_dict().items()}
+    apart = {}
+    for name, tensor in together.items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            for i, expert in enumerate(tensor):
+                prefix = f"{name.rpartition('.')[0]}.{i}."
+                parts = ["gate_proj", "up_proj"] if "gate_up" in name else ["down_proj"]
+                for part, rows in zip(parts, expert.chunk(len(parts)), strict=True):
+                    apart[f"{prefix}{part}.weight"] = rows
+        else:
+            apart[name] = tensor
+    assert len(together) == len(apart) - 4 * (3 * 6 - 2)
+    whole = [dict(huggingface.to_megatron(source, sizes)) for source in (together, apart)]
+    assert whole[0].keys() == whole[1].keys()
+    assert all(torch.equal(tensor, whole[1][name]) for name, tensor in whole[0].items())
+    back = dict(huggingface.to_huggingface(whole[0], sizes))
+    assert all(torch.equal(back[name], tensor) for name, tensor in apart.items())
+
+
+def test_fused_norms_and_grouped_experts_take_their_whole_tensors():
+    """The names that Transformer Engine's modules give, on the second of two expert-parallel ranks."""
+    from torch import nn
+
+    from gdn_cp.megatron.whole_weights import _parameters_by_whole_name
+
+    names = (
+        "self_attention.in_proj.layer_norm_weight",
+        "mlp.linear_fc1.layer_norm_weight",
+        "mlp.experts.linear_fc1.weight0",
+        "mlp.experts.linear_fc2.weight2",
+        "mlp.experts.local_experts.1.linear_fc1.weight",
+        "mlp.shared_experts.linear_fc1.weight",
+    )
+    model = nn.Module()
+    for name in names:
+        home = model
+        *path, last = f"decoder.layers.0.{name}".split(".")
+        for step in path:
+            if not hasattr(home, step):
+                home.add_module(step, nn.Module())
+            home = home.get_submodule(step)
+        home.register_parameter(last, nn.Parameter(torch.zeros(1)))
+    layer: Any = model.get_submodule("decoder.layers.0")
+    layer.layer_number = 5
+    found = {name.removeprefix("decoder.layers.4.") for name, _ in _parameters_by_whole_name(model, 3)}
+    assert found == {
+        "input_layernorm.weight",
+        "pre_mlp_layernorm.weight",
+        "mlp.experts.local_experts.3.linear_fc1.weight",
+        "mlp.experts.local_experts.5.linear_fc2.weight",
+        "mlp.experts.local_experts.4.linear_fc1.weight",
+        "mlp.shared_experts.linear_fc1.weight",
+    }
+
+
+def test_experts_that_one_side_cannot_say_are_refused():
+    from types import SimpleNamespace
+
+    from gdn_cp.megatron.huggingface_experts import Experts, moe_pattern
+
+    sizes = HybridModel.from_huggingface({**config_of(**EXPERTS), "mlp_only_layers": [1]})
+    assert sizes.experts is not None
+    assert sizes.experts.sparse == (1, 0, 1, 1)
+    assert HybridModel.from_json(json.loads(json.dumps(dataclasses.asdict(sizes)))) == sizes
+    with pytest.raises(ValueError, match="qwen3_5_moe_text: every layer has experts"):
+        dataclasses.replace(sizes, family="qwen3_5_moe_text").to_huggingface("float32")
+    with pytest.raises(ValueError, match=r"experts.sparse: 4 entries for 3 layers"):
+        dataclasses.replace(sizes, num_layers=3, linear_attention=(1, 1, 0))
+    plain = {
+        "moe_router_score_function": "softmax",
+        "moe_router_enable_expert_bias": False,
+        "moe_router_num_groups": None,
+        "moe_router_topk_scaling_factor": None,
+        "moe_shared_expert_gate": True,
+        "moe_apply_probs_on_input": False,
+        "num_moe_experts": 4,
+        "moe_shared_expert_intermediate_size": 8,
+        "num_layers": 3,
+        "moe_layer_freq": 2,
+    }
+    assert moe_pattern(SimpleNamespace(**plain)) == [1, 0, 1]
+    for name, value in (("moe_shared_expert_gate", False), ("moe_shared_expert_intermediate_size", None)):
+        with pytest.raises(ValueError, match=name):
+            Experts.from_megatron(SimpleNamespace(**{**plain, name: value}))
+    with pytest.raises(ValueError, match="moe_layer_freq has 2 entries for 3 layers"):
+        moe_pattern(SimpleNamespace(**{**plain, "moe_layer_freq": [1, 0]}))
+
+
 def _pipeline(rank: int, world_size: int, tied: bool) -> dict[str, Any]:
     """Two pipeline stages: which whole tensors this stage's parameters equal."""
     from megatron.core import parallel_state
@@ -289,9 +417,7 @@ def _pipeline(rank: int, world_size: int, tied: bool) -> dict[str, Any]:
     )
     block: Any = get_hybrid_block_spec(config)
     ends = {"pre_process": rank == 0, "post_process": rank == world_size - 1}
-    with pytest.MonkeyPatch.context() as patch:  # what it does to tied embeddings needs a GPU, and is overwritten here
-        patch.setattr(GPTModel, "setup_embeddings_and_output_layer", lambda self: None)
-        gpt = GPTModel(config, block, **model.model_settings(), **ends)
+    gpt = GPTModel(config, block, **model.model_settings(), **ends)
     whole = dict(huggingface.to_megatron(state.state_dict(), model))
     load_whole(gpt, whole, model)
     return {

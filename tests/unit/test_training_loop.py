@@ -85,3 +85,27 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch):
         choose_device("auto")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert choose_device("cuda") == torch.device("cuda", 1)
+
+
+def test_trained_weights_convert_to_hugging_face_and_back(run_ranks, tmp_path):
+    from safetensors.torch import load_file
+
+    from scripts import convert_hf
+
+    choices = dataclasses.replace(config(tmp_path), parallel=ParallelConfig(tp=2), optim=OptimConfig())
+    ungated = dataclasses.replace(
+        choices,
+        model=dataclasses.replace(MODEL, attention_gate=False),
+        run=dataclasses.replace(choices.run, out=tmp_path / "ungated"),
+    )
+    for summaries in run_ranks(train_on_ranks, 2, [choices, ungated]):
+        assert all(line.startswith("summary: 3 steps") for line in summaries)
+    run, hf, back = tmp_path / "run", tmp_path / "hf", tmp_path / "back"
+    assert convert_hf.main(["to-hf", "--source", str(run), "--target", str(hf)]) == 0
+    assert convert_hf.main(["to-megatron", "--source", str(hf), "--target", str(back), "--no-zero-centered"]) == 0
+    before, after = load_file(run / "weights.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():  # Hugging Face's norms hold the gain minus one, in the dtype of the matrices
+        limit = 2.0**-24 if "norm" in name else 0.0
+        assert (tensor - after[name]).abs().max() <= limit, name
+    assert not (tmp_path / "ungated" / "model.json").exists()
