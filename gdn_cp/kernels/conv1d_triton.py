@@ -1,32 +1,24 @@
 """Causal depthwise convolution with SiLU over packed rows in Triton, and its gradients: one pass over memory each way.
 
-The work is cut along the chunk table of the batch: the rows of a chunk belong to one sequence, so that only a chunk's
-first rows need rows before it (those of the chunk before, unless the chunk is its sequence's first) and its last rows
-need gradients behind it. A program walks down its chunks a row at a time with the last W - 1 rows in registers, so that
-a row is read once and no row asks where its sequence starts.
-
 The backward computes the convolution anew from x. Sums over rows for the weight and bias are float32 sums of each
 program, added in a fixed order by a second kernel. No atomics, so a repetition gives the same bits; and no element of y
-or dx depends on the cut, so that a channel has the bits that it has alone.
+or dx depends on the cut, so that a channel has the bits that it has alone. The kernels are in `conv1d_kernels`.
 
-Dimensions: T rows, D channels, W taps (2 to 8), C rows of a chunk (64), BD channels of a program, P row programs.
+Dimensions: T rows, D channels, W taps (2 to 8), BD channels of a program, P row programs.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false, reportGeneralTypeIssues=false
-# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false
-# triton.jit hides the options of a launch and the tuples of a kernel from a type checker
-# ruff: noqa: RUF005 -- triton.jit joins tuples but does not unpack one inside another
+# pyright: reportCallIssue=false, reportArgumentType=false, reportReturnType=false
+# triton.jit hides the options of a launch from a type checker
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.activations_triton import sigmoid
 from gdn_cp.kernels.configs import launches, multiprocessors
+from gdn_cp.kernels.conv1d_kernels import conv1d_backward_kernel, conv1d_forward_kernel, conv1d_reduce_kernel
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
 if TYPE_CHECKING:
@@ -45,229 +37,6 @@ BACKWARD_GROUP = 4
 # one partial sum; too few programs leave multiprocessors idle at the end.
 PROGRAMS_PER_SM = 6
 MAX_FORWARD_CHUNKS = 4
-
-
-@triton.jit
-def _row(base, row, row_stride):
-    """Address of a row of the packed batch, in 64 bits. Every load and store of rows passes here: a map of rows into
-    an exchange buffer belongs in this function."""
-    return base + row.to(tl.int64) * row_stride
-
-
-@triton.jit
-def _pushed(newest, window, N: tl.constexpr):
-    """The window of the last N values after one more: (newest, window[0], ..., window[N - 2])."""
-    moved = (newest,)
-    for j in tl.static_range(N - 1):
-        moved = moved + (window[j],)
-    return moved
-
-
-@triton.jit
-def _zeros(N: tl.constexpr, BD: tl.constexpr):
-    """N float32 vectors of zeros."""
-    vectors = ()
-    for j in tl.static_range(N):  # noqa: B007 (a compiled loop variable must not be called _, which keeps its type)
-        vectors = vectors + (tl.zeros([BD], tl.float32),)
-    return vectors
-
-
-@triton.jit
-def _load_taps(weight, i_d, D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr):
-    """Float32 taps of BD channels as a tuple: entry j, [BD], multiplies the row j before, weight[:, W - 1 - j].
-
-    Weight rows are read whole and taken apart in registers; reading a tap at a time would fetch each sector W times.
-    """
-    o_d, o_w = i_d * BD + tl.arange(0, BD), tl.arange(0, WP)
-    mask = (o_d[:, None] < D) & (o_w[None, :] < W)
-    tile = tl.load(weight + o_d[:, None] * W + o_w[None, :], mask=mask, other=0.0).to(tl.float32)
-    taps = ()
-    for j in tl.static_range(W):
-        taps = taps + (tl.sum(tl.where(o_w[None, :] == W - 1 - j, tile, 0.0), axis=1),)
-    return taps
-
-
-@triton.jit
-def _load_bias(bias, o_d, m_d, HAS_BIAS: tl.constexpr, BD: tl.constexpr):
-    b = tl.zeros([BD], tl.float32)
-    if HAS_BIAS:
-        b += tl.load(bias + o_d, mask=m_d, other=0.0).to(tl.float32)
-    return b
-
-
-@triton.jit
-def _chunk(chunks, i_t):
-    """(sequence, first row, valid rows, whether rows of the sequence come before) of a chunk; unused: no valid rows."""
-    sequence = tl.load(chunks + i_t * 4)
-    unused = sequence < 0
-    first = tl.where(unused, 0, tl.load(chunks + i_t * 4 + 1))
-    count = tl.where(unused, 0, tl.load(chunks + i_t * 4 + 2))
-    return sequence, first, count, (tl.load(chunks + i_t * 4 + 3) > 0) & (count > 0)
-
-
-@triton.jit
-def _rows_before(x, first, has_past, o_d, m_d, x_row, W: tl.constexpr):
-    """Rows first - 1, ..., first - (W - 1) in float32, zeros where the sequence starts at `first`."""
-    window = ()
-    for j in tl.static_range(1, W):
-        window = window + (tl.load(_row(x, first - j, x_row) + o_d, mask=m_d & has_past, other=0.0).to(tl.float32),)
-    return window
-
-
-@triton.jit
-def _convolved(newest, window, taps, b, W: tl.constexpr):
-    """b + taps[0] * newest + sum over j of taps[j] * window[j - 1], float32 [BD], in this order."""
-    y = b + taps[0] * newest
-    for j in tl.static_range(1, W):
-        y += taps[j] * window[j - 1]
-    return y
-
-
-@triton.jit(do_not_specialize=["num_chunks", "chunks_per_program"])
-def conv1d_forward_kernel(
-    x, weight, bias, y, chunks, num_chunks, chunks_per_program, x_row,
-    D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: skip
-    """One program: BD channels of `chunks_per_program` consecutive chunks.
-
-    For W = 4 and a chunk of rows 64..127 of a sequence it loads rows 63, 62, 61, then walks: row 64 with them, row 65
-    with 64, 63, 62, and so on, GROUP rows between two rounds of loads.
-    """
-    n_d: tl.constexpr = (D + BD - 1) // BD
-    i_p, i_d = tl.program_id(0) // n_d, tl.program_id(0) % n_d
-    o_d = i_d * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    taps = _load_taps(weight, i_d, D, W, WP, BD)
-    b = _load_bias(bias, o_d, m_d, HAS_BIAS, BD)
-    for i_t in range(i_p * chunks_per_program, tl.minimum((i_p + 1) * chunks_per_program, num_chunks)):
-        _sequence, first, count, has_past = _chunk(chunks, i_t)
-        window = _rows_before(x, first, has_past, o_d, m_d, x_row, W)
-        for k in range(0, count, GROUP):
-            rows = ()
-            for u in tl.static_range(GROUP):
-                m_row = m_d & (k + u < count)
-                rows = rows + (tl.load(_row(x, first + k + u, x_row) + o_d, mask=m_row, other=0.0),)
-            for u in tl.static_range(GROUP):
-                newest = rows[u].to(tl.float32)
-                out = _convolved(newest, window, taps, b, W)
-                if SILU:
-                    out *= sigmoid(out)
-                m_row = m_d & (k + u < count)
-                tl.store(_row(y, first + k + u, D) + o_d, out.to(y.dtype.element_ty), mask=m_row)
-                window = _pushed(newest, window, W - 1)
-
-
-@triton.jit
-def _step_back(newest, dy, window, behind, taps, b, W: tl.constexpr, SILU: tl.constexpr):
-    """Backward of one row: its gradient before the activation, the finished dx of the row W - 1 before, and the
-    unfinished dx of the W - 1 rows between.
-
-    behind[j] is what later rows gave so far to the dx of the row j + 1 before this one. With W = 3 and d_t the gradient
-    before the activation, row 7 starts dx_7 = taps[0] d_7, adds taps[1] d_7 to dx_6 and finishes dx_5 with taps[2] d_7.
-    """
-    d = dy.to(tl.float32)
-    if SILU:
-        y = _convolved(newest, window, taps, b, W)
-        s = sigmoid(y)
-        d *= s * (1.0 + y * (1.0 - s))
-    unfinished = (taps[0] * d,)
-    for j in tl.static_range(1, W - 1):
-        unfinished = unfinished + (behind[j - 1] + taps[j] * d,)
-    return d, behind[W - 2] + taps[W - 1] * d, unfinished
-
-
-@triton.jit
-def _rows_after(chunks, i_t, num_chunks, sequence, count, C: tl.constexpr, W: tl.constexpr):
-    """How many of the W - 1 rows behind a chunk belong to its sequence: those of the next chunk, if it does."""
-    has_next = (i_t + 1 < num_chunks) & (count == C)
-    next_sequence = tl.load(chunks + (i_t + 1) * 4, mask=has_next, other=-1)
-    next_count = tl.load(chunks + (i_t + 1) * 4 + 2, mask=has_next, other=0)
-    return tl.where(has_next & (next_sequence == sequence), tl.minimum(next_count, W - 1), 0)
-
-
-@triton.jit(do_not_specialize=["num_chunks", "chunks_per_program"])
-def conv1d_backward_kernel(
-    dy, x, weight, bias, dx, partial, chunks, num_chunks, chunks_per_program, x_row, dy_row,
-    D: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SILU: tl.constexpr, PARAMETERS: tl.constexpr,
-):  # fmt: skip
-    """One program: BD channels of `chunks_per_program` consecutive chunks. partial is [P, W + 1, D] float32: the sums
-    of tap W - 1 - j in row j, that of the bias in row W; left alone unless PARAMETERS.
-
-    With d_t = dy_t * silu'(y_t), dx_t = sum_j taps[j] d_{t+j} and dtaps[j] = sum_t d_t x_{t-j}. dx of row t is finished
-    W - 1 rows later, so a chunk's walk goes on for W - 1 rows behind it, whose own sums belong to the next chunk.
-    """
-    n_d: tl.constexpr = (D + BD - 1) // BD
-    i_p, i_d = tl.program_id(0) // n_d, tl.program_id(0) % n_d
-    o_d = i_d * BD + tl.arange(0, BD)
-    m_d = o_d < D
-    taps = _load_taps(weight, i_d, D, W, WP, BD)
-    b = _load_bias(bias, o_d, m_d, HAS_BIAS, BD)
-    sums = _zeros(W + 1, BD)
-    for i_t in range(i_p * chunks_per_program, tl.minimum((i_p + 1) * chunks_per_program, num_chunks)):
-        sequence, first, count, has_past = _chunk(chunks, i_t)
-        after = _rows_after(chunks, i_t, num_chunks, sequence, count, C, W)
-        window = _rows_before(x, first, has_past, o_d, m_d, x_row, W)
-        behind = _zeros(W - 1, BD)
-        for k in range(0, count, GROUP):
-            x_rows, dy_rows = (), ()
-            for u in tl.static_range(GROUP):
-                m_row = m_d & (k + u < count)
-                x_rows = x_rows + (tl.load(_row(x, first + k + u, x_row) + o_d, mask=m_row, other=0.0),)
-                dy_rows = dy_rows + (tl.load(_row(dy, first + k + u, dy_row) + o_d, mask=m_row, other=0.0),)
-            for u in tl.static_range(GROUP):
-                newest = x_rows[u].to(tl.float32)
-                d, finished, behind = _step_back(newest, dy_rows[u], window, behind, taps, b, W, SILU)
-                done = k + u - (W - 1)
-                m_done = m_d & (done >= 0) & (done < count)
-                tl.store(_row(dx, first + done, D) + o_d, finished.to(dx.dtype.element_ty), mask=m_done)
-                if PARAMETERS:
-                    sums = _added(sums, d, newest, window, W)
-                window = _pushed(newest, window, W - 1)
-        walked = tl.cdiv(count, GROUP) * GROUP
-        for u in tl.static_range(W - 1):
-            m_row = m_d & (walked + u < count + after)
-            newest = tl.load(_row(x, first + walked + u, x_row) + o_d, mask=m_row, other=0.0).to(tl.float32)
-            dy_next = tl.load(_row(dy, first + walked + u, dy_row) + o_d, mask=m_row, other=0.0)
-            d, finished, behind = _step_back(newest, dy_next, window, behind, taps, b, W, SILU)
-            done = walked + u - (W - 1)
-            m_done = m_d & (done >= 0) & (done < count)
-            tl.store(_row(dx, first + done, D) + o_d, finished.to(dx.dtype.element_ty), mask=m_done)
-            window = _pushed(newest, window, W - 1)
-    if PARAMETERS:
-        for j in tl.static_range(W + 1):
-            tl.store(partial + (i_p.to(tl.int64) * (W + 1) + j) * D + o_d, sums[j], mask=m_d)
-
-
-@triton.jit
-def _added(sums, d, newest, window, W: tl.constexpr):
-    """The sums of the taps and, last, of the bias after one more row: d times the rows that each tap multiplied."""
-    added = (sums[0] + d * newest,)
-    for j in tl.static_range(1, W):
-        added = added + (sums[j] + d * window[j - 1],)
-    return added + (sums[W] + d,)
-
-
-@triton.jit
-def conv1d_reduce_kernel(
-    partial, dweight, dbias, num_partials,
-    D: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """One program: the sum over the first dimension of partial [P, W + 1, D] for one tap (or the bias) and BD channels,
-    blocks of ROWS partials one after the other, then one tree. dweight is [D, W]."""
-    n_d: tl.constexpr = (D + BD - 1) // BD
-    j, i_d = tl.program_id(0) // n_d, tl.program_id(0) % n_d
-    o_d, o_p = i_d * BD + tl.arange(0, BD), tl.arange(0, ROWS)
-    sums = tl.zeros([ROWS, BD], tl.float32)
-    for start in range(0, num_partials, ROWS):
-        row = (start + o_p[:, None]).to(tl.int64) * (W + 1) + j
-        mask = (start + o_p[:, None] < num_partials) & (o_d[None, :] < D)
-        sums += tl.load(partial + row * D + o_d[None, :], mask=mask, other=0.0)
-    total = tl.sum(sums, axis=0)
-    tl.store(dweight + o_d * W + (W - 1 - j), total.to(dweight.dtype.element_ty), mask=(o_d < D) & (j < W))
-    if HAS_BIAS:
-        tl.store(dbias + o_d, total.to(dbias.dtype.element_ty), mask=(o_d < D) & (j == W))
 
 
 def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
@@ -296,26 +65,138 @@ def _by_rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 and x.stride(0) >= 0 else x.contiguous()
 
 
+class Channels(NamedTuple):
+    """The channels of x: q, k and v of widths qk, qk, v, the share-th of `shares` equal parts of each section of the
+    parameters, which hold `shares` times as many. One section has qk = 0."""
+
+    qk: int
+    v: int
+    shares: int = 1
+    share: int = 0
+
+    @property
+    def count(self) -> int:
+        """Channels of x."""
+        return 2 * self.qk + self.v
+
+
+class GateColumns(NamedTuple):
+    """Columns of x that are copied and not convolved: `count` of them (beta and alpha, half each) from `first` on."""
+
+    first: int
+    count: int
+
+
+class SectionGradients(NamedTuple):
+    """Gradients of the convolved q, k [T, qk], v [T, v] and of the copied beta, alpha [T, heads], all contiguous."""
+
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dbeta: Tensor
+    dalpha: Tensor
+
+
+def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread: int) -> tuple[dict[str, int], int]:
+    """(compile-time sizes, blocks of channels) of a launch; blocks lie in one section."""
+    qk, v = channels.qk, channels.v
+    BD, warps = _block(min(qk, v) if qk else v, per_thread)
+    count = 0 if gates is None else gates.count
+    sizes = {
+        "QK": qk, "V": v, "SHARES": channels.shares, "W": W, "WP": triton.next_power_of_2(W), "BD": BD, "C": CHUNK,
+        "GATES": count, "BG": triton.next_power_of_2(max(count, 1)), "num_warps": warps,
+    }  # fmt: skip
+    return sizes, 2 * triton.cdiv(qk, BD) + triton.cdiv(v, BD)
+
+
 @launches
+def convolve_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, channels: Channels, num_rows: int,
+    *, silu: bool = True, rows: Tensor | None = None, gates: GateColumns | None = None, keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """The convolution of rows that stand anywhere, and a copy of the columns behind them, in one launch.
+
+    Args:
+        x: [R, at least D], channels in columns 0 .. D - 1, last stride 1.
+        weight, bias: [shares * D, W], [shares * D] or None.
+        cu_seqlens: boundaries of the batch's T = num_rows rows, or None for one sequence.
+        channels: of x, and where they are among the parameters'.
+        num_rows: T.
+        rows: int32 [T], the row of x at which row i of the batch stands, -1 - r if it is padding (zeros) at r; or None.
+        gates: columns to copy.
+        keep: also copy what was read of x.
+
+    Returns:
+        y [T, D], the gates' columns [T, count] or None, and x [T, D] or None; in x's dtype and the batch's order.
+    """
+    D = channels.count
+
+    def empty(width: int) -> Tensor:
+        return torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+
+    y = empty(D)
+    copied, kept = None if gates is None else empty(gates.count), empty(D) if keep else None
+    if y.numel():
+        tables = chunk_tables(1, num_rows, cu_seqlens, x.device)
+        sizes, n_d = _constants(channels, gates, weight.shape[1], FORWARD_BYTES // x.element_size())
+        joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
+        conv1d_forward_kernel[(triton.cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),)](
+            x, rows, weight.contiguous(), dense(bias), y, kept, copied, tables.chunks, tables.num_chunks, joined,
+            x.stride(0), channels.share, 0 if gates is None else gates.first,
+            **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
+        )  # fmt: skip
+    return y, copied, kept
+
+
+@launches
+def convolve_rows_backward(
+    x: Tensor, gradients: SectionGradients | Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
+    channels: Channels, dx: Tensor, *, silu: bool = True, parameters: bool = True, rows: Tensor | None = None,
+    dx_rows: Tensor | None = None, gates: GateColumns | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write the gradient of x (and of the copied columns) to dx [R, at least D], whose rows `dx_rows` places, columns
+    as `channels` and `gates` say; other columns are left alone, padded rows become zeros.
+
+    `gradients`: of the results of `convolve_rows`; one tensor [T, D] where channels have one section. x and `rows` as
+    there.
+
+    Returns (dweight, dbias) in the parameters' shapes and dtypes, zeros for channels of other shares; empty without
+    `parameters`, dbias also without a bias.
+    """
+    D, W = channels.count, weight.shape[1]
+    one_section = isinstance(gradients, Tensor)
+    dq, dk, dv, dbeta, dalpha = (gradients,) * 3 + (None, None) if one_section else gradients
+    num_rows = dv.shape[0]
+    dweight, dbias = _empty_parameter_gradients(weight, bias, parameters)
+    if not num_rows * D:
+        return dweight.zero_(), dbias.zero_()
+    tables = chunk_tables(1, num_rows, cu_seqlens, x.device)
+    sizes, n_d = _constants(channels, gates, W, BACKWARD_CHANNELS)
+    joined = _chunks_per_program(tables, n_d, x.device)
+    programs = triton.cdiv(tables.num_chunks, joined)
+    partial = torch.empty(programs if parameters else 0, W + 1, D, dtype=torch.float32, device=x.device)
+    conv1d_backward_kernel[(programs * (n_d + (gates is not None)),)](
+        dq, dk, dv, dbeta, dalpha, x, rows, weight.contiguous(), dense(bias), dx, dx_rows, partial, tables.chunks,
+        tables.num_chunks, joined, x.stride(0), dq.stride(0), dk.stride(0), dv.stride(0), dx.stride(0), channels.share,
+        0 if gates is None else gates.first,
+        **sizes, GROUP=BACKWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, PARAMETERS=parameters,
+        MAPPED=rows is not None, DX_MAPPED=dx_rows is not None,
+    )  # fmt: skip
+    if parameters:
+        width = channels.shares * D
+        block = min(32, triton.next_power_of_2(width))
+        conv1d_reduce_kernel[((W + (bias is not None)) * triton.cdiv(width, block),)](
+            partial, dweight, dbias, programs, channels.share, QK=channels.qk, V=channels.v, SHARES=channels.shares,
+            W=W, ROWS=64, BD=block, HAS_BIAS=bias is not None, num_warps=4,
+        )  # fmt: skip
+    return dweight, dbias
+
+
 def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
     """y [T, D] in x's dtype from x [T, D], weight [D, W], bias [D] or None; see `conv1d.causal_conv1d`."""
-    T, D = x.shape
-    W = weight.shape[1]
-    y = torch.empty(T, D, dtype=x.dtype, device=x.device)
-    if y.numel():
-        x, tables = _by_rows(x), chunk_tables(1, T, cu_seqlens, x.device)
-        BD, warps = _block(D, FORWARD_BYTES // x.element_size())
-        n_d = triton.cdiv(D, BD)
-        joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
-        conv1d_forward_kernel[(triton.cdiv(tables.num_chunks, joined) * n_d,)](
-            x, weight.contiguous(), dense(bias), y, tables.chunks, tables.num_chunks, joined, x.stride(0),
-            D=D, W=W, WP=triton.next_power_of_2(W), BD=BD, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu,
-            num_warps=warps,
-        )  # fmt: skip
-    return y
+    return convolve_rows(_by_rows(x), weight, bias, cu_seqlens, Channels(0, x.shape[1]), x.shape[0], silu=silu)[0]
 
 
-@launches
 def conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, silu: bool, parameters: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -323,29 +204,11 @@ def conv1d_backward(
 
     dweight and dbias are empty without `parameters`, dbias also without a bias.
     """
-    T, D = x.shape
-    W = weight.shape[1]
-    dx = torch.empty(T, D, dtype=x.dtype, device=x.device)
-    dweight, dbias = _empty_parameter_gradients(weight, bias, parameters)
-    if not dx.numel():
-        return dx, dweight.zero_(), dbias.zero_()
-    x, dy, tables = _by_rows(x), _by_rows(dy), chunk_tables(1, T, cu_seqlens, x.device)
-    BD, warps = _block(D, BACKWARD_CHANNELS)
-    n_d = triton.cdiv(D, BD)
-    joined = _chunks_per_program(tables, n_d, x.device)
-    programs = triton.cdiv(tables.num_chunks, joined)
-    partial = torch.empty(programs if parameters else 0, W + 1, D, dtype=torch.float32, device=x.device)
-    conv1d_backward_kernel[(programs * n_d,)](
-        dy, x, weight.contiguous(), dense(bias), dx, partial, tables.chunks, tables.num_chunks, joined, x.stride(0),
-        dy.stride(0),
-        D=D, W=W, WP=triton.next_power_of_2(W), BD=BD, GROUP=BACKWARD_GROUP, C=CHUNK, HAS_BIAS=bias is not None,
-        SILU=silu, PARAMETERS=parameters, num_warps=warps,
-    )  # fmt: skip
-    if parameters:
-        block = min(32, triton.next_power_of_2(D))
-        conv1d_reduce_kernel[((W + (bias is not None)) * triton.cdiv(D, block),)](
-            partial, dweight, dbias, programs, D=D, W=W, ROWS=64, BD=block, HAS_BIAS=bias is not None, num_warps=4
-        )
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    channels = Channels(0, x.shape[1])
+    dweight, dbias = convolve_rows_backward(
+        _by_rows(x), _by_rows(dy), weight, bias, cu_seqlens, channels, dx, silu=silu, parameters=parameters
+    )
     return dx, dweight, dbias
 
 
@@ -397,38 +260,55 @@ causal_conv1d_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def compile_cases() -> list[CompileCase]:
-    """bfloat16 channels of a section of a projection with 4 taps; float32; 8 taps and every option."""
+    """bfloat16 channels of a section of a projection with 4 taps; float32; 8 taps and every option; one of 4 shares of
+    Qwen3-Next's channels, between exchange buffers, alone and with a copy of x."""
     cases = [
-        *_cases_of("bf16", "*bf16", "*bf16", 4, True),
-        *_cases_of("fp32", "*fp32", "*fp32", 4, True),
-        *_cases_of("bf16/W8", "*bf16", "*fp32", 8, False),
+        *_cases_of("bf16", "*bf16", "*bf16", Channels(0, 2048)),
+        *_cases_of("fp32", "*fp32", "*fp32", Channels(0, 2048)),
+        *_cases_of("bf16/W8", "*bf16", "*fp32", Channels(0, 2048), W=8, main=False),
+        *_cases_of("exchange", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8),
+        *_cases_of("exchange/kept", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8, keep=True),
     ]
     from gdn_cp.kernels.compile_report import CompileCase
 
-    sums = {"partial": "*fp32", "dweight": "*bf16", "dbias": "*bf16", "num_partials": "i32"}
-    constants = {"D": 2048, "W": 4, "ROWS": 64, "BD": 32, "HAS_BIAS": True}
+    sums = {"partial": "*fp32", "dweight": "*bf16", "dbias": "*bf16", "num_partials": "i32", "share": "i32"}
+    constants = {"QK": 512, "V": 1024, "SHARES": 4, "W": 4, "ROWS": 64, "BD": 32, "HAS_BIAS": True}
     return [*cases, CompileCase("conv1d.reduce", conv1d_reduce_kernel, sums, constants)]
 
 
-def _cases_of(name: str, x: str, weight: str, W: int, main: bool, D: int = 2048) -> list[CompileCase]:
-    """Forward and backward for one set of types; the bias is left out with 4 taps, as in Qwen3-Next."""
+def _cases_of(
+    name: str, x: str, weight: str, channels: Channels, *, W: int = 4, heads: int = 0, keep: bool = False,
+    main: bool = True,
+) -> list[CompileCase]:  # fmt: skip
+    """Forward and backward for one set of types; the bias is left out with 4 taps, as in Qwen3-Next. With heads rows
+    are mapped and gates copied; where x was kept, only the gradient's rows are mapped."""
     from gdn_cp.kernels.compile_report import CompileCase
 
-    pointers = {"x": x, "weight": weight, "chunks": "*i32", **({"bias": weight} if W > 4 else {})}
-    numbers = {"num_chunks": "i32", "chunks_per_program": "i32", "x_row": "i32"}
-    constants = {"D": D, "W": W, "WP": triton.next_power_of_2(W), "HAS_BIAS": W > 4, "SILU": True}
-    if W <= 4:
-        constants["bias"] = None
-    BD, warps = _block(D, FORWARD_BYTES // (2 if x == "*bf16" else 4))
-    forward = CompileCase(
-        f"conv1d.forward/{name}", conv1d_forward_kernel, {**pointers, **numbers, "y": x},
-        {**constants, "BD": BD, "GROUP": FORWARD_GROUP}, num_warps=warps, divisible=("x_row",), main=main,
-    )  # fmt: skip
-    BD, warps = _block(D, BACKWARD_CHANNELS)
-    backward = CompileCase(
-        f"conv1d.backward/{name}", conv1d_backward_kernel,
-        {**pointers, **numbers, "dy": x, "dx": x, "partial": "*fp32", "dy_row": "i32"},
-        {**constants, "BD": BD, "GROUP": BACKWARD_GROUP, "C": CHUNK, "PARAMETERS": True},
-        num_warps=warps, divisible=("x_row", "dy_row"), main=main,
-    )  # fmt: skip
-    return [forward, backward]
+    strides = ("x_row", "dx_row", "dq_row", "dk_row", "dv_row")
+    types = dict.fromkeys(("weight", "bias"), weight) | dict.fromkeys(("rows", "dx_rows", "chunks"), "*i32")
+    numbers = ("num_chunks", "chunks_per_program", "share", "gate_column", *strides)
+    types |= {"partial": "*fp32"} | dict.fromkeys(numbers, "i32")
+    gates = GateColumns(channels.count, 2 * heads) if heads else None
+    mapped = gates is not None
+    constants: dict[str, Any] = {"HAS_BIAS": W > 4, "SILU": True, "KEEP": keep, "PARAMETERS": True}
+    constants |= {"DX_MAPPED": mapped} | ({} if W > 4 else {"bias": None}) | ({} if keep else {"kept": None})
+    if not mapped:
+        constants |= dict.fromkeys(("dx_rows", "gates", "d_beta", "d_alpha"))
+    cases = []
+    for kind, kernel, per_thread, group in (
+        ("forward", conv1d_forward_kernel, FORWARD_BYTES // (2 if x == "*bf16" else 4), FORWARD_GROUP),
+        ("backward", conv1d_backward_kernel, BACKWARD_CHANNELS, BACKWARD_GROUP),
+    ):
+        sizes, _blocks = _constants(channels, gates, W, per_thread)
+        warps = sizes.pop("num_warps")
+        map_x = mapped and not (keep and kind == "backward")
+        given = constants | sizes | {"GROUP": group, "MAPPED": map_x} | ({} if map_x else {"rows": None})
+        given = {n: value for n, value in given.items() if n in kernel.arg_names}
+        signature = {n: types.get(n, x) for n in kernel.arg_names if n not in given}
+        divisible = tuple(n for n in strides if n in signature)
+        cases.append(
+            CompileCase(
+                f"conv1d.{kind}/{name}", kernel, signature, given, num_warps=warps, divisible=divisible, main=main
+            )
+        )
+    return cases

@@ -13,7 +13,16 @@ from torch import Tensor
 from gdn_cp.kernels import conv1d_triton
 from gdn_cp.kernels.backends import wants_kernels
 from gdn_cp.kernels.conv1d import causal_conv1d, causal_conv1d_reference
-from gdn_cp.kernels.conv1d_triton import causal_conv1d_backward_op, causal_conv1d_op, conv1d_backward
+from gdn_cp.kernels.conv1d_triton import (
+    Channels,
+    GateColumns,
+    SectionGradients,
+    causal_conv1d_backward_op,
+    causal_conv1d_op,
+    conv1d_backward,
+    convolve_rows,
+    convolve_rows_backward,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5
@@ -157,11 +166,56 @@ def test_repetition_gives_the_same_bits():
 def test_sum_of_partials_spans_many_blocks():
     partial = torch.randn(130, 3, 5, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     dweight, dbias = torch.empty(5, 2, device=DEVICE), torch.empty(5, device=DEVICE)
-    sizes = {"D": 5, "W": 2, "ROWS": 64, "BD": 4, "HAS_BIAS": True}
-    conv1d_triton.conv1d_reduce_kernel[(6,)](partial, dweight, dbias, 130, **sizes)
+    sizes = {"QK": 0, "V": 5, "SHARES": 1, "W": 2, "ROWS": 64, "BD": 4, "HAS_BIAS": True}
+    conv1d_triton.conv1d_reduce_kernel[(6,)](partial, dweight, dbias, 130, 0, **sizes)
     total = partial.double().sum(0)
     assert relative_error(dweight, total[:2].flip(0).t()) < TOLERANCE
     assert relative_error(dbias, total[2]) < TOLERANCE
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_share_of_an_exchange_buffer_equals_the_rows_alone(padded: bool):
+    """q|k|v of share 1 of 3 in rows of any order, NaN where nobody may look; what is read of x and written to dx."""
+    qk, v, heads, shares, share, T, R = 5, 7, 3, 3, 1, 70, 75
+    D = 2 * qk + v
+    x, weight, bias = make_inputs(T, D, 3)
+    _, whole_weight, whole_bias = make_inputs(T, D * shares, 3)
+    own = torch.cat([torch.arange(w) + s + share * w for s, w in ((0, qk), (3 * qk, qk), (6 * qk, v))]).to(DEVICE)
+    weight, bias, cu_seqlens = whole_weight[own], whole_bias[own], boundaries([66, 0, 4])
+    padding = torch.zeros(T, 1, dtype=torch.bool, device=DEVICE)
+    padding[63:66] = padded
+    x = torch.where(padding, 0, x)
+    gates = torch.where(padding, 0, torch.randn(T, 2 * heads).to(DEVICE))
+    places = torch.randperm(R)[:T].to(DEVICE)
+    rows = torch.where(padding[:, 0], -1 - places, places).int()
+    buffer, dx = torch.full((2, R, D + 2 * heads + 3), torch.nan, device=DEVICE)
+    buffer[places, :-3] = torch.where(padding, torch.nan, torch.cat([x, gates], 1))
+    channels, columns = Channels(qk, v, shares, share), GateColumns(D, 2 * heads)
+
+    y, copied, kept = convolve_rows(
+        buffer, whole_weight, whole_bias, cu_seqlens, channels, T, rows=rows, gates=columns, keep=True
+    )
+    assert torch.equal(y, causal_conv1d_op(x, weight, bias, cu_seqlens, True))
+    assert torch.equal(copied, gates)
+    assert torch.equal(kept, x)
+
+    dy = torch.where(padding, 0, torch.randn(T, D).to(DEVICE))
+    dgates = torch.randn(T, 2 * heads).to(DEVICE)
+    gradients = SectionGradients(
+        *(g.contiguous() for g in (*dy.split((qk, qk, v), 1), dgates[:, :heads], dgates[:, heads:]))
+    )
+    for source, source_rows in ((buffer, rows), (kept, None)):
+        dx.fill_(torch.nan)
+        dweight, dbias = convolve_rows_backward(
+            source, gradients, whole_weight, whole_bias, cu_seqlens, channels, dx, rows=source_rows, dx_rows=rows,
+            gates=columns,
+        )  # fmt: skip
+        expected = conv1d_backward(dy, x, weight, bias, cu_seqlens, True, True)
+        assert torch.equal(dx[places, :-3], torch.where(padding, 0, torch.cat([expected[0], dgates], 1)))
+        assert dx.isnan().sum() == 3 * R + (R - T) * (D + 2 * heads)
+        for gradient, part in ((dweight, expected[1]), (dbias, expected[2])):
+            assert relative_error(gradient[own], part.double()) < TOLERANCE
+            assert torch.count_nonzero(gradient) == torch.count_nonzero(gradient[own])
 
 
 def test_only_what_needs_a_gradient_gets_one():
