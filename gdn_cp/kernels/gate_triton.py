@@ -136,14 +136,14 @@ def sum_partials_kernel(partial, total, num_partials, WIDTH: tl.constexpr, ROWS:
     for start in range(0, num_partials, ROWS):
         mask = (start + o_r[:, None] < num_partials) & (o_w[None, :] < WIDTH)
         sums += tl.load(partial + (start + o_r[:, None]) * WIDTH + o_w[None, :], mask=mask, other=0.0)
-    tl.store(total + o_w, tl.sum(sums, axis=0), mask=o_w < WIDTH)
+    tl.store(total + o_w, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=o_w < WIDTH)
 
 
-def sum_partials(partial: Tensor) -> Tensor:
-    """Sum of float32 partial sums [n, ...] over the first dimension, always in the same order."""
+def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sum of float32 partial sums [n, ...] over the first dimension, always in the same order, rounded to `dtype`."""
     flat = partial.flatten(1)
     width = flat.shape[1]
-    total = torch.empty(width, dtype=torch.float32, device=partial.device)
+    total = torch.empty(width, dtype=dtype, device=partial.device)
     if flat.shape[0] == 0:
         return total.zero_().view(partial.shape[1:])
     block = 32  # whatever the width, so that a head's sum has the same order among few heads and among many
