@@ -118,7 +118,10 @@ class HeadBuffer:
 class Transport(Protocol):
     """The moves of one call of the mixer. Tensors are given on the mixer's stream, and results ready on it."""
 
-    columns: MixerColumns
+    @property
+    def columns(self) -> MixerColumns:
+        """What a row holds."""
+        ...
 
     def send_in(self, projected: Tensor, keep_z: bool) -> tuple[RowBuffer, Tensor]:
         """Send q, k, v, beta, alpha of `projected` [t, width] (last stride 1) to the ranks of their heads.

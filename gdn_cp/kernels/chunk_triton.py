@@ -3,7 +3,8 @@
     tables -> prepare (all chunks at once) -> chain (along each sequence)        `chunk_prepare`, `chunk_fwd`
     backward: the chains again, and what is local to a chunk                      `chunk_bwd`
 
-Two operations, `gdn_cp::chunk_gated_delta_rule_fwd` and `_bwd`, are opaque to torch.compile and to activation
+Two operations, `gdn_cp::chunk_gated_delta_rule_fwd` and `_bwd` (`rule_forward` and `rule_backward`, for those who do
+their own differentiation), are opaque to torch.compile and to activation
 checkpointing, and carry shapes for tracing. Kept for the backward: the inputs, the cumulative gate, beta as used, the
 inverse norms and the inverse of each chunk, and for long batches a few states; nothing of size K * V per chunk.
 
@@ -55,8 +56,7 @@ def _checkpoints(num_chunks: int, length: int, HV: int, K: int, V: int) -> tuple
     return (-(-num_chunks // length), HV, K, V) if length else (0,)
 
 
-@torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_fwd", mutates_args=())
-def _forward(
+def rule_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,6 +116,9 @@ def _forward(
     return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints, starts, sums
 
 
+_forward = torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_fwd", rule_forward, mutates_args=())
+
+
 @_forward.register_fake
 def _(
     q, k, v, g, beta, scale, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, use_qk_l2norm_in_kernel,
@@ -149,8 +152,7 @@ def _(
     )
 
 
-@torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_bwd", mutates_args=())
-def _backward(
+def rule_backward(
     do: Tensor,
     dht: Tensor | None,
     q: Tensor,
@@ -207,6 +209,9 @@ def _backward(
     )
     dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = (_absent(q) if x is None else x for x in gradients)
     return dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias
+
+
+_backward = torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_bwd", rule_backward, mutates_args=())
 
 
 @_backward.register_fake

@@ -153,6 +153,27 @@ def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return total.view(partial.shape[1:])
 
 
+@triton.jit(do_not_specialize=["share"])
+def embed_heads_kernel(first, second, out, share, HEADS: tl.constexpr, SHARES: tl.constexpr, BH: tl.constexpr):
+    """out [2, SHARES * HEADS] float32: `first` and `second` [HEADS] at the share-th place, zeros elsewhere."""
+    head = tl.arange(0, BH)
+    own = (head // HEADS == share) & (head < SHARES * HEADS)
+    for i in tl.static_range(2):
+        x = tl.load((first if i == 0 else second) + (head - share * HEADS), mask=own, other=0.0)
+        tl.store(out + i * (SHARES * HEADS) + head, x, mask=head < SHARES * HEADS)
+
+
+@launches
+def embed_heads(first: Tensor, second: Tensor, shares: int, share: int) -> tuple[Tensor, Tensor]:
+    """Two float32 vectors of a rank's heads as vectors of all heads, with zeros for the other ranks', in one launch."""
+    heads = first.shape[0]
+    out = torch.empty(2, shares * heads, dtype=torch.float32, device=first.device)
+    embed_heads_kernel[(1,)](
+        first, second, out, share, HEADS=heads, SHARES=shares, BH=triton.next_power_of_2(shares * heads), num_warps=1
+    )
+    return out[0], out[1]
+
+
 def _grid(g: Tensor, cu_seqlens: Tensor | None, cumsum: bool) -> tuple[Tensor | None, int, int]:
     """(chunk table or None, number of chunks, number of head blocks); g is [B, T, HV] with cumsum, else [..., HV]."""
     heads = triton.cdiv(g.shape[-1], _block_heads(g.shape[-1]))
@@ -270,6 +291,8 @@ def compile_cases() -> list[CompileCase]:
         suffix = "cumsum" if cumsum else "plain"
         cases.append(CompileCase(f"gate.forward/{suffix}", gate_forward_kernel, {**forward, **table}, mode))
         cases.append(CompileCase(f"gate.backward/{suffix}", gate_backward_kernel, {**backward, **table}, mode))
+    embed = {"first": "*fp32", "second": "*fp32", "out": "*fp32", "share": "i32"}
+    cases.append(CompileCase("gate.embed", embed_heads_kernel, embed, {"HEADS": 8, "SHARES": 4, "BH": 32}, num_warps=1))
     sums = {"partial": "*fp32", "total": "*fp32", "num_partials": "i32"}
     cases.append(CompileCase("gate.sum", sum_partials_kernel, sums, {"WIDTH": 64, "ROWS": 64, "BW": 32}))
     return cases

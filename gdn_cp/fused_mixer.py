@@ -1,0 +1,302 @@
+"""The mixer as one autograd function over Triton kernels and a transport, with no pass over memory but theirs.
+
+    forward    send_in -> convolution -> chunked delta rule -> return_out -> gated norm
+    backward   gated norm -> send_out_grad -> convolution anew -> delta rule -> convolution -> return_in_grad
+
+Activations are read and written where the transport's buffers have them: the convolution through a map of rows, the
+norm by blocks of heads; d_projected is allocated once and written by whoever has its columns. Kept for the backward,
+per local token at Qwen3-Next's widths in bfloat16: the rows before the convolution (16.1 KiB), z (8), the output (8),
+the inverse of each chunk (4) and some small vectors. q, k and v after the convolution are computed anew.
+
+`gdn_cp.gated_delta_net` runs the same stages one by one, with autograd between them: the oracle, and what runs wherever
+this cannot: without Triton, in float64, when states pass between ranks, under torch.compile.
+
+Dimensions: t local rows, T rows of the batch, H, HV query/key and value heads of all ranks, K, V their dims, P ranks
+that trade heads for tokens; a share is what one of them holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.row_maps import rank_major_rows
+from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, RowBuffer, Transport
+from gdn_cp.kernels import conv1d_triton, norm_triton
+from gdn_cp.kernels.backends import DeltaRuleCall, choose_backend, wants_kernels
+from gdn_cp.kernels.chunk_triton import rule_backward, rule_forward
+from gdn_cp.kernels.configs import chain_plan, on_device
+from gdn_cp.kernels.conv1d_triton import (
+    Channels,
+    GateColumns,
+    SectionGradients,
+    convolve_rows,
+    convolve_rows_backward,
+)
+from gdn_cp.kernels.gate_triton import embed_heads
+from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
+
+if TYPE_CHECKING:
+    from gdn_cp.gated_delta_net import GdnDims
+
+_RULE = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+
+
+class MixerParameters(NamedTuple):
+    """The parameters of `gdn_cp.gated_delta_net_mixer`, of all heads of this tensor-parallel rank.
+
+    conv1d_weight [conv_dim, 1, W], conv1d_bias [conv_dim] or None, A_log and dt_bias [HV] float32, out_norm_weight [V].
+    """
+
+    conv1d_weight: Tensor
+    conv1d_bias: Tensor | None
+    A_log: Tensor
+    dt_bias: Tensor
+    out_norm_weight: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FusedCall:
+    """What a call of the fused mixer needs besides tensors that have gradients.
+
+    Attributes:
+        heads: of one share. shares, share: how many there are, and which is this rank's.
+        cu_seqlens: int32 [N+1], None for one sequence.
+        padding: bool [t], True on this rank's padded rows, or None.
+        transport: moves the rows.
+        eps: of the gated norm.
+        keep: whether a backward may follow.
+    """
+
+    heads: GdnDims
+    shares: int
+    share: int
+    cu_seqlens: Tensor | None
+    padding: Tensor | None
+    transport: Transport
+    eps: float
+    keep: bool
+
+    @property
+    def channels(self) -> Channels:
+        """Of a share's convolution."""
+        qk, _, v, *_ = self.heads.sections
+        return Channels(qk, v, self.shares, self.share)
+
+    def gates(self, buffer_column: int) -> GateColumns:
+        """Beta and alpha of a share, beta beginning at a column."""
+        return GateColumns(buffer_column, 2 * self.heads.num_v_heads)
+
+    def convolve(
+        self, x: Tensor, rows: Tensor | None, parameters: MixerParameters, num_rows: int, **options: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The convolution of a share's rows: see `convolve_rows`."""
+        weight = parameters.conv1d_weight.flatten(1)
+        return convolve_rows(
+            x, weight, parameters.conv1d_bias, self.cu_seqlens, self.channels, num_rows, rows=rows, **options
+        )
+
+    def by_heads(self, qkv: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, alpha and beta as the rule takes them, views."""
+        heads = self.heads
+        q, k, v = qkv.split(heads.sections[:3], dim=1)
+        beta, alpha = gates.unsqueeze(0).split(heads.num_v_heads, dim=2)
+        q, k = (x.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0) for x in (q, k))
+        return q, k, v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0), alpha, beta
+
+    def own_heads(self, parameter: Tensor) -> Tensor:
+        """A share's part of a parameter [HV], a view."""
+        return parameter.narrow(0, self.share * self.heads.num_v_heads, self.heads.num_v_heads)
+
+    def piece_chunks(self, q: Tensor, v: Tensor) -> int:
+        """Chunks of a piece, as the rule's forward cut this batch's sequences."""
+        N = 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+        return chain_plan(q.device, q.dtype, N, q.shape[1], v.shape[2], q.shape[3], v.shape[3])[1]
+
+
+class _FusedMixer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: FusedCall, projected: Tensor, *tensors: Tensor | None) -> Tensor:
+        with on_device(projected.device):
+            return _forward(ctx, call, projected, MixerParameters(*tensors))  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        with on_device(grad_outputs[0].device):
+            return None, *_backward(ctx, grad_outputs[0])
+
+
+def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerParameters) -> Tensor:
+    dim = call.heads.head_v_dim
+    buffer, z = call.transport.send_in(projected, call.keep)
+    num_rows = projected.shape[0] * call.shares
+    copy = call.keep and buffer.transient
+    qkv, gates, kept = call.convolve(
+        buffer.data, buffer.rows, parameters, num_rows, gates=call.gates(buffer.gates), keep=copy
+    )
+    assert gates is not None
+    x, x_rows = (buffer.data, buffer.rows) if kept is None else (kept, None)
+    q, k, v, alpha, beta = call.by_heads(qkv, gates)
+    o, _, *of_rule = rule_forward(
+        q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
+        A_log=call.own_heads(parameters.A_log), dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens,
+        state_v_first=False, intra_card=None, **_RULE,
+    )  # fmt: skip
+    del qkv, q, k, v, buffer
+    returned = call.transport.return_out(o[0].flatten(1))
+    del o
+    out, kept = gate_heads(
+        returned.data.unflatten(2, (-1, dim)),
+        z.unflatten(1, (-1, dim)),
+        parameters.out_norm_weight,
+        call.eps,
+        padding=call.padding,
+        keep=call.keep and returned.transient,
+    )
+    if call.keep:
+        o = returned.data if kept is None else kept.unsqueeze(0)
+        ctx.call, ctx.x_rows = call, x_rows
+        ctx.save_for_backward(x, gates, z, o, *parameters, *of_rule)
+    return out
+
+
+def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    call: FusedCall = ctx.call
+    x, gates, z, o, *rest = ctx.saved_tensors
+    parameters, of_rule = MixerParameters(*rest[:5]), rest[5:]
+    columns, dim, cut = call.transport.columns, call.heads.head_v_dim, of_rule[6].numel() > 0
+
+    d_projected = torch.empty(len(z), columns.width, dtype=z.dtype, device=z.device)
+    d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
+    d_o = call.transport.out_grad_buffer(d_out)
+    d_norm = gate_heads_backward(
+        d_out.unflatten(1, (-1, dim)),
+        o.unflatten(2, (-1, dim)),
+        z.unflatten(1, (-1, dim)),
+        parameters.out_norm_weight,
+        call.eps,
+        dx=d_o.unflatten(2, (-1, dim)),
+        dz=d_projected.narrow(1, columns.conv, columns.v).unflatten(1, (-1, dim)),
+        padding=call.padding,
+    )
+    d_o = call.transport.send_out_grad(d_o)
+
+    qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates))
+    q, k, v, alpha, beta = call.by_heads(qkv, gates)
+    dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
+        d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule,
+        scale=call.heads.head_k_dim**-0.5, initial_state=None, A_log=call.own_heads(parameters.A_log),
+        dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens, state_v_first=False, need_dh0=False,
+        piece_chunks=call.piece_chunks(q, v) if cut else 0, **_RULE,
+    )  # fmt: skip
+    del qkv, q, k, v, d_o
+    if call.shares > 1:
+        dA_log, d_dt_bias = embed_heads(dA_log, d_dt_bias, call.shares, call.share)
+
+    gradients = SectionGradients(*(gradient[0].flatten(1) for gradient in (dq, dk, dv, d_beta, d_alpha)))
+    del dq, dk, dv
+    d_weight, d_bias = _convolution_gradients(ctx, x, gradients, parameters, d_projected)
+    return d_projected, d_weight, d_bias, dA_log, d_dt_bias, d_norm
+
+
+def _convolution_gradients(
+    ctx: Any, x: Tensor, gradients: SectionGradients, parameters: MixerParameters, d_projected: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Fill the rest of d_projected; gradients of the convolution's weight and bias."""
+    call: FusedCall = ctx.call
+    wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    buffer: RowBuffer = call.transport.in_grad_buffer(d_projected)
+    d_weight, d_bias = convolve_rows_backward(
+        x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
+        buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
+    )  # fmt: skip
+    del gradients
+    call.transport.return_in_grad(buffer, d_projected)
+    if not wanted:
+        return None, None
+    return d_weight.view(parameters.conv1d_weight.shape), None if parameters.conv1d_bias is None else d_bias
+
+
+def fused_mixer(projected: Tensor, parameters: MixerParameters, call: FusedCall) -> Tensor:
+    """`gdn_cp.gated_delta_net_mixer` for checked arguments: [t, width] -> [t, HV*V]; differentiable once."""
+    if projected.stride(1) != 1:
+        projected = projected.contiguous()
+    return _FusedMixer.apply(call, projected, *parameters)
+
+
+def fused_call(
+    projected: Tensor, parameters: MixerParameters, dims: GdnDims, *, layout: ThdLayout | None,
+    group: dist.ProcessGroup | None, eps: float,
+) -> FusedCall:  # fmt: skip
+    """Describe a call in which all ranks of `group` trade heads for tokens; None: one rank."""
+    shares, share = (1, 0) if group is None else (group.size(), group.rank())
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (projected, *parameters))
+    return FusedCall(
+        heads=dims.per_rank(shares),
+        shares=shares,
+        share=share,
+        cu_seqlens=None if layout is None else layout.cu_seqlens_tensor(),
+        padding=None if layout is None else layout.local_padding(share),
+        transport=transport_for(dims, layout, group),
+        eps=eps,
+        keep=keep,
+    )
+
+
+def transport_for(dims: GdnDims, layout: ThdLayout | None, group: dist.ProcessGroup | None) -> Transport:
+    """The transport of a call: none needed on one rank, else collectives."""
+    qk, _, v, *_ = dims.sections
+    ranks = 1 if group is None else group.size()
+    columns = MixerColumns(qk, v, dims.num_v_heads, ranks)
+    rows = None if layout is None else rank_major_rows(layout)
+    if ranks == 1:
+        return LocalTransport(columns, rows)
+    assert layout is not None
+    assert group is not None
+    return CollectiveTransport(columns, group, rows, layout.local_padding(group.rank()))
+
+
+def refusal(
+    projected: Tensor, parameters: MixerParameters, heads: GdnDims, layout: ThdLayout | None, backend: str | None
+) -> str | None:
+    """Why the fused mixer cannot serve a call with `heads` of a share; None when it can.
+
+    Raises ValueError for a `backend` that is unknown, or asked for by name and cannot serve the call.
+    """
+    choice = choose_backend(_rule_call(projected, heads, layout), backend)
+    if choice.backend != "triton":
+        return f"the delta rule runs on {choice.backend}: {choice.reason}"
+    if not wants_kernels(projected):
+        return "the convolution and the norm do not run in Triton here"
+    weight = parameters.out_norm_weight
+    return conv1d_triton.unsupported(
+        projected, parameters.conv1d_weight, parameters.conv1d_bias
+    ) or norm_triton.unsupported(projected.new_empty(0, heads.head_v_dim), projected, weight)
+
+
+def _rule_call(projected: Tensor, heads: GdnDims, layout: ThdLayout | None) -> DeltaRuleCall:
+    """The delta rule's call inside the mixer."""
+    return DeltaRuleCall(
+        device_type=projected.device.type,
+        capability=torch.cuda.get_device_capability(projected.device) if projected.is_cuda else None,
+        dtype=projected.dtype,
+        gate_dtype=projected.dtype,
+        beta_dtype=projected.dtype,
+        B=1,
+        T=projected.shape[0] if layout is None else layout.t_global,
+        H=heads.num_k_heads,
+        HV=heads.num_v_heads,
+        K=heads.head_k_dim,
+        V=heads.head_v_dim,
+        N=1 if layout is None else layout.num_sequences,
+        varlen=layout is not None,
+        requires_grad=projected.requires_grad,
+        **_RULE,
+    )
