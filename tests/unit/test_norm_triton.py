@@ -9,7 +9,13 @@ from torch import Tensor
 
 from gdn_cp.kernels import norm_triton
 from gdn_cp.kernels.norm import gated_rms_norm, gated_rms_norm_reference
-from gdn_cp.kernels.norm_triton import gated_rms_norm_backward_op, gated_rms_norm_op, norm_backward
+from gdn_cp.kernels.norm_triton import (
+    gate_heads,
+    gate_heads_backward,
+    gated_rms_norm_backward_op,
+    gated_rms_norm_op,
+    norm_backward,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5
@@ -59,6 +65,27 @@ def test_programs_of_several_tiles(monkeypatch: pytest.MonkeyPatch):
     """17 tiles of 16 heads over 5 programs: 4 tiles each, 1 for the last, which is not full."""
     monkeypatch.setattr(norm_triton, "BACKWARD_TILE", 16 * 16)
     check(make_inputs(131, 2, 16))
+
+
+def test_heads_in_blocks_and_padded_tokens():
+    """Heads in blocks forward and backward, gradients into other blocks and a section, NaN where nobody may look."""
+    x, z, weight = make_inputs(11, 6, 16)
+    dy = make_inputs(12, 6, 16)[0][1:]
+    padding = torch.zeros(11, dtype=torch.bool, device=DEVICE)
+    padding[[0, 7]] = True
+    clean = [t.masked_fill(padding[:, None, None], 0) for t in (dy, x, z)]
+    dy, x, z = (t.masked_fill(padding[:, None, None], torch.nan) for t in (dy, x, z))
+    blocks = x.unflatten(1, (3, 2)).transpose(0, 1).contiguous()
+    y, kept = gate_heads(blocks, z, weight, 1e-6, padding=padding, keep=True)
+    assert torch.equal(y, gated_rms_norm_op(*clean[1:], weight, 1e-6).flatten(1))
+    assert torch.equal(kept, clean[1].flatten(1))
+    dx, dz = torch.full((2, 11, 3, 16), torch.nan, device=DEVICE), torch.full((11, 8, 16), torch.nan, device=DEVICE)
+    dweight = gate_heads_backward(dy, blocks, z, weight, 1e-6, dx, dz[:, 1:7], padding=padding)
+    expected = norm_backward(*clean, weight, 1e-6)
+    assert torch.equal(dx.transpose(0, 1).flatten(1, 2), expected[0])
+    assert torch.equal(dz[:, 1:7], expected[1])
+    assert dz[:, [0, 7]].isnan().all()
+    assert torch.equal(dweight, expected[2])
 
 
 def test_sections_of_wider_tensors_are_read_in_place():
