@@ -26,7 +26,7 @@ from kernel_timing import DEVICE, time_eager, time_graph
 from torch import Tensor
 
 from gdn_cp.kernels.chunk import chunk_gated_delta_rule
-from gdn_cp.kernels.configs import chain_plan
+from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs, begin_segment_backward
 
 SLOWER = 1.03  # what the automatic choice may cost where it is wrong

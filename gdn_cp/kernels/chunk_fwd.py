@@ -34,7 +34,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_pieces import piece_states
 from gdn_cp.kernels.chunk_prepare import Prepared
-from gdn_cp.kernels.configs import ChainLaunch, bulk_copy_fits, chain_config, launches, options
+from gdn_cp.kernels.configs import (
+    ChainLaunch,
+    bulk_copy_fits,
+    chain_config,
+    launches,
+    multiprocessors,
+    options,
+)
 from gdn_cp.kernels.tables import ChunkTables, dense
 
 if TYPE_CHECKING:
@@ -290,11 +297,14 @@ class Walk:
         sums: Tensor | None, checkpoints: Tensor | None, slice_chunks: int, roles: Tensor | None,
         truncate: float | None,
     ) -> None:  # fmt: skip
-        stages = self.config.num_stages if sums is None else self.config.summary_stages or self.config.num_stages
+        programs = self.tables.num_pieces * self.HV * blocks
+        stages = self.config.num_stages
+        if sums is not None and truncate is None and programs > multiprocessors(self.v.device):
+            stages = self.config.summary_stages or stages
         outputs = (o, final, sums, checkpoints)
         arguments = [*self.inputs, roles, initial, starts, *outputs, slice_chunks, *self.numbers]
-        if self.tables.num_pieces:
-            _chain_kernel[(self.tables.num_pieces * self.HV * blocks,)](
+        if programs:
+            _chain_kernel[(programs,)](
                 *arguments,
                 **self.constants,
                 **options(

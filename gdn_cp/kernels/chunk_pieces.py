@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 ENTERED = 1
 LEFT = 2
+# Columns of the state per program, rows of a step of the product, warps and pipeline stages: forward, and in reverse.
+_LAUNCH = {False: (8, 32, 8, 4), True: (16, 32, 8, 1)}
 
 
 @triton.jit
@@ -158,20 +160,20 @@ def _compose(
     roles: Tensor | None, V: int, columns: int, reverse: bool,
 ) -> None:  # fmt: skip
     NP, HV, K = ext.shape[:3]
-    block_v, stages = (16, 1) if reverse else (8, 4)
+    block_v, _, warps, stages = _LAUNCH[reverse]
     if NP:
-        compose_kernel[(NP * HV * triton.cdiv(columns, block_v),)](
+        compose_kernel[(NP * HV * -(-columns // block_v),)](
             ext, maps, given, marks, whole, pieces, roles,
-            **options(8, stages, **_constants(HV, K, V, columns, ext.stride(2), maps.stride(2), reverse)),
+            **options(warps, stages, **_constants(HV, K, V, columns, ext.stride(2), maps.stride(2), reverse)),
         )  # fmt: skip
 
 
 def _constants(HV: int, K: int, V: int, columns: int, ext_width: int, map_width: int, reverse: bool) -> dict[str, int]:
-    block_v, stages = (16, 1) if reverse else (8, 4)
+    block_v, block_r, _, stages = _LAUNCH[reverse]
     BK = 1 << (K - 1).bit_length()
     return {
         "HV": HV, "K": K, "V": V, "COLUMNS": columns, "EXT_WIDTH": ext_width, "MAP_WIDTH": map_width, "BK": BK,
-        "BV": block_v, "BR": min(32, BK), "REVERSE": reverse, "STAGES": stages,
+        "BV": block_v, "BR": min(block_r, BK), "REVERSE": reverse, "STAGES": stages,
     }  # fmt: skip
 
 
@@ -196,8 +198,8 @@ def compile_cases() -> list[CompileCase]:
                 kernel=compose_kernel,
                 signature={key: kind for key, kind in signature.items() if key not in absent},
                 constexprs=constants | dict.fromkeys(absent),
-                num_warps=8,
-                num_stages=int(constants["STAGES"]),
+                num_warps=_LAUNCH[reverse][2],
+                num_stages=_LAUNCH[reverse][3],
                 main=dim == 128,
             )
         )

@@ -22,7 +22,8 @@ from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd, segment_gradien
 from gdn_cp.kernels.chunk_fwd import Walk
 from gdn_cp.kernels.chunk_pieces import piece_states, whole_laws
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
-from gdn_cp.kernels.configs import chain_plan, on_device
+from gdn_cp.kernels.configs import on_device
+from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.tables import chunk_tables, even_rows
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd, slice_chunks
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
-from gdn_cp.kernels.configs import chain_plan
+from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
 
 MAX_HEAD_DIM = 256

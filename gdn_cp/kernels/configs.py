@@ -9,8 +9,6 @@ Dimensions: K key head dim, V value head dim, BV columns of the state that one p
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -39,8 +37,10 @@ class Launch:
 
 @dataclass(frozen=True)
 class ChainLaunch:
-    """Settings of the forward chain: columns of the state per program, warps, pipeline stages (of summaries: 0 for as
-    many)."""
+    """Settings of the forward chain: columns of the state per program, warps, pipeline stages.
+
+    `summary_stages`: of summaries by more programs than there are multiprocessors, so that two fit on each; 0: as many.
+    """
 
     precision: str = "tf32"
     block_v: int = 64
@@ -115,13 +115,6 @@ def prepare_config(device: torch.device, dtype: torch.dtype, K: int) -> Launch:
     return launch
 
 
-PIECES_VARIABLE = "GDN_CP_PIECE_CHUNKS"
-# Microseconds of one step of the walk on an H200 at K = V = 128, by columns of the state per program: (main, summary).
-_STEP = {64: (1.65, 1.2), 32: (1.25, 0.95)}
-_MERGE = 5.0  # to compose one more piece
-_LAUNCHES = 10.0  # the summary and the merge launch
-
-
 def chain_config(device: torch.device, dtype: torch.dtype, K: int, V: int, block_v: int = 64) -> ChainLaunch:
     """Settings of the forward chain for head dims K and V, at most `block_v` columns of the state per program."""
     if dtype == torch.float32:
@@ -131,71 +124,4 @@ def chain_config(device: torch.device, dtype: torch.dtype, K: int, V: int, block
         return ChainLaunch(block_v=16, num_stages=2 if hopper else 1, tma=hopper)
     if not hopper or K & (K - 1) or V & (V - 1):
         return ChainLaunch(block_v=32, num_stages=2)
-    return ChainLaunch(block_v=block_v, num_stages=3, tma=True)
-
-
-def chain_plan(
-    device: torch.device,
-    dtype: torch.dtype,
-    num_sequences: int,
-    num_rows: int,
-    heads: int,
-    K: int,
-    V: int,
-    *,
-    intra_card: int | None = None,
-    summarised: bool = False,
-) -> tuple[ChainLaunch, int]:
-    """Settings of the forward chain, and the chunks of a piece it is cut into (0: sequences stay whole).
-
-    It depends on shapes and on the card alone: lengths are on the device. `intra_card`, or else the environment
-    variable GDN_CP_PIECE_CHUNKS, fixes the pieces (0: never cut). Columns of the state do not depend on each other, so
-    with that set results have the same bits whatever the number of heads on a card.
-
-    Args:
-        device, dtype: of q. num_sequences: N. num_rows: B*T. heads: HV. K, V: head dims.
-        intra_card: chunks of a piece; None: see above.
-        summarised: sequences are segments whose laws are needed too, cut or not.
-
-    Raises:
-        ValueError: if GDN_CP_PIECE_CHUNKS is not a number.
-    """
-    override = os.environ.get(PIECES_VARIABLE)
-    if override is not None and not override.isdigit():
-        raise ValueError(f"{PIECES_VARIABLE} is {override!r}: set it to a number of chunks >= 0, or unset it")
-    block_v, cut = best_cut(
-        multiprocessors(device), max(num_sequences, 1), num_rows / max(num_sequences, 1) / 64, heads, K, V, summarised
-    )
-    launch = chain_config(device, dtype, K, V, block_v)
-    if intra_card is not None:
-        cut = intra_card
-    elif override is not None:
-        cut = int(override)
-    elif not launch.tma or K > 128 or device.type != "cuda":
-        cut = 0
-    return launch, cut
-
-
-def best_cut(
-    processors: int, sequences: int, chunks: float, heads: int, K: int, V: int, summarised: bool = False
-) -> tuple[int, int]:
-    """Columns per program and chunks of a piece (0: no cut) of the least estimated time.
-
-    `sequences` are taken to have `chunks` chunks each; if `summarised`, the law of each whole one is needed too.
-    Cutting pays when the programs of whole sequences leave multiprocessors idle: for 132 processors, one sequence of
-    1024 chunks, 4 heads and K = V = 128, whole sequences make 8 programs of 64 columns and 16 pieces make 128.
-    """
-    best, plan = float("inf"), (64, 0)
-    for block_v, (main, summary) in _STEP.items():
-        per_piece = sequences * heads * -(-V // block_v)
-        per_summary = sequences * heads * -(-(K + V) // block_v)
-        for pieces in range(1, max(1, processors // per_piece) + 1):
-            steps = chunks / pieces
-            cost = steps * main * -(-per_piece * pieces // processors)
-            if pieces > 1 or summarised:
-                walks = pieces * per_summary if summarised else per_piece + (pieces - 2) * per_summary
-                cost += steps * summary * -(-walks // processors) + _LAUNCHES
-                cost += _MERGE * pieces * (1 + summarised) if pieces > 1 else 0.0
-            if cost < best and (pieces == 1 or steps >= 4):
-                best, plan = cost, (block_v, 0 if pieces == 1 else math.ceil(steps))
-    return plan
+    return ChainLaunch(block_v=block_v, num_stages=3, summary_stages=2, tma=True)

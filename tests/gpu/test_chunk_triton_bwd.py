@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import chunk_bwd, chunk_triton, configs
+from gdn_cp.kernels import chunk_bwd, chunk_triton
 from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.reference import chunk_gated_delta_rule_reference
 
 pytestmark = pytest.mark.gpu
@@ -74,7 +75,7 @@ def assert_close(
 )
 @pytest.mark.parametrize("pieces", ["0", "3"])
 def test_gradients_against_float64(shape, cu, dtype, pieces, monkeypatch):
-    monkeypatch.setenv(configs.PIECES_VARIABLE, pieces)
+    monkeypatch.setenv(PIECES_VARIABLE, pieces)
     inputs, weights = make_inputs(*shape, cu=cu, dtype=dtype)
     got = gradients(chunk_gated_delta_rule_triton, inputs, weights, cu)
     again = gradients(chunk_gated_delta_rule_triton, inputs, weights, cu)
@@ -86,7 +87,7 @@ def test_gradients_against_float64(shape, cu, dtype, pieces, monkeypatch):
 def test_slices_change_nothing(monkeypatch):
     cu = [0, 700, 700, 1900, 2000]
     inputs, weights = make_inputs(2000, 2, 4, 128, 128, cu=cu)
-    monkeypatch.setenv(configs.PIECES_VARIABLE, "0")
+    monkeypatch.setenv(PIECES_VARIABLE, "0")
     whole = gradients(chunk_gated_delta_rule_triton, inputs, weights, cu)
     for module in (chunk_bwd, chunk_triton):
         monkeypatch.setattr(module, "slice_chunks", lambda *_: 5)
@@ -96,7 +97,7 @@ def test_slices_change_nothing(monkeypatch):
 
 def test_heads_do_not_change_bits(monkeypatch):
     """The head-parallel promise: a quarter of the heads gives the bits that it has among all, under the same cut."""
-    monkeypatch.setenv(configs.PIECES_VARIABLE, "4")
+    monkeypatch.setenv(PIECES_VARIABLE, "4")
     inputs, weights = make_inputs(2000, 16, 32, 128, 128)
     every = gradients(chunk_gated_delta_rule_triton, inputs, weights)
 

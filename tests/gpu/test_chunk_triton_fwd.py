@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import configs
 from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.reference import chunk_gated_delta_rule_reference
 
 pytestmark = pytest.mark.gpu
@@ -49,7 +49,7 @@ def relative_error(x: Tensor, reference: Tensor) -> float:
 )
 @pytest.mark.parametrize("pieces", ["0", "3"])
 def test_forward_against_float64(shape, cu, dtype, pieces, monkeypatch):
-    monkeypatch.setenv(configs.PIECES_VARIABLE, pieces)
+    monkeypatch.setenv(PIECES_VARIABLE, pieces)
     cu = None if cu is None else torch.tensor(cu, device="cuda", dtype=torch.int32)
     inputs = make_inputs(*shape, N=1 if cu is None else len(cu) - 1, dtype=dtype)
     o, final = chunk_gated_delta_rule_triton(**inputs, cu_seqlens=cu)
@@ -63,7 +63,7 @@ def test_forward_against_float64(shape, cu, dtype, pieces, monkeypatch):
 
 def test_heads_do_not_change_bits(monkeypatch):
     """The head-parallel promise: half of the heads give the bits they have among all heads, under the same cut."""
-    monkeypatch.setenv(configs.PIECES_VARIABLE, "4")
+    monkeypatch.setenv(PIECES_VARIABLE, "4")
     inputs = make_inputs(2000, 16, 32, 128, 128)
     o, final = chunk_gated_delta_rule_triton(**inputs)
     half = {}

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import chunk_triton, configs
+from gdn_cp.kernels import chunk_triton
 from gdn_cp.kernels import tables as tables_module
 from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import prepare, prepare_products
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 from gdn_cp.kernels.tables import chunk_tables
 
@@ -97,7 +98,7 @@ def test_pieces_give_what_whole_sequences_give(monkeypatch):
     cu = [0, 64, 64, 300, 400]
     inputs = make_inputs(1, 400, 1, 1, 16, 32, N=4)
     for pieces in ("1", "2"):
-        monkeypatch.setenv(configs.PIECES_VARIABLE, pieces)
+        monkeypatch.setenv(PIECES_VARIABLE, pieces)
         check(inputs, cu)
 
 
@@ -196,20 +197,6 @@ def test_tables_that_a_graph_captured_outlive_the_cache(monkeypatch):
     gc.collect()
     assert alive() is not None
     assert chunk_tables(1, 71, None, DEVICE) is not alive()  # out of the cache, yet not freed
-
-
-def test_cut_only_where_processors_would_idle():
-    assert configs.best_cut(132, 16, 64, 32, 128, 128) == (64, 0)
-    block_v, chunks = configs.best_cut(132, 1, 1024, 4, 128, 128)
-    assert chunks > 0
-    assert 1024 / chunks * 4 * 128 / block_v <= 132
-    assert configs.best_cut(132, 1, 4, 4, 128, 128)[1] == 0
-
-
-def test_a_piece_length_that_is_no_number_is_refused(monkeypatch):
-    monkeypatch.setenv(configs.PIECES_VARIABLE, "many")
-    with pytest.raises(ValueError, match="GDN_CP_PIECE_CHUNKS is 'many'"):
-        configs.chain_plan(torch.device("cpu"), torch.float32, 1, 64, 1, 16, 16)
 
 
 @pytest.mark.parametrize(
