@@ -17,6 +17,7 @@ rows cut over the ranks with all heads, `_hp` all rows with this rank's heads.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -162,6 +163,11 @@ def gated_delta_net_mixer(
     a2a_size = choose_a2a_size(a2a_size, layout, dims, element_size=projected.element_size())
     heads, head_index = dims.per_rank(a2a_size), rank % a2a_size
     groups = None if group is None or a2a_size == size else cp_groups(group, a2a_size)
+    if groups is None and projected.device.type == "cuda" and not torch.compiler.is_compiling():
+        parameters = (conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
+        mixed = _mix_fused(projected, parameters, dims, layout, None if size == 1 else group, norm_eps, backend)
+        if mixed is not None:
+            return mixed
 
     padding = None if layout is None else layout.local_padding(rank)
     if padding is not None:
@@ -189,6 +195,27 @@ def gated_delta_net_mixer(
     out = gate_output(o_cp, z_cp, dims, out_norm_weight, norm_eps)
     # z is zero on padded rows, so out is too; the mask keeps a NaN gradient that arrives there from passing.
     return out if padding is None else out.masked_fill(padding[:, None], 0)
+
+
+def _mix_fused(
+    projected: Tensor,
+    parameters: tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor],
+    dims: GdnDims,
+    layout: ThdLayout | None,
+    group: dist.ProcessGroup | None,
+    eps: float,
+    backend: str | None,
+) -> Tensor | None:
+    """The mixer as one function over Triton kernels (`gdn_cp.fused_mixer`), where they can serve the call."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from gdn_cp.fused_mixer import MixerParameters, fused_call, fused_mixer, refusal
+
+    of_layer = MixerParameters(*parameters)
+    heads = dims.per_rank(1 if group is None else group.size())
+    if refusal(projected, of_layer, heads, layout, backend) is not None:
+        return None
+    return fused_mixer(projected, of_layer, fused_call(projected, of_layer, dims, layout=layout, group=group, eps=eps))
 
 
 def gate_output(o: Tensor, z: Tensor, dims: GdnDims, weight: Tensor, eps: float) -> Tensor:
