@@ -85,13 +85,13 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     while columns > 16 and walks * 2 * triton.cdiv(V, columns // 2) <= multiprocessors(device):
         columns //= 2
     if K <= 64:
-        return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 4, 3), (half, 4, 3), True)
-    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (block_v, 8, 3), True)
+        return BackwardLaunch((columns, 4, 3), (half, 4, 3), (half, 4, 3), (half, 4, 3), True)
+    return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (half, 4, 3), True)
 
 
 def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
     """Chunks of a slice when num_chunks are too many for one set of buffers of SLICE_BYTES, else 0 (no slices)."""
-    per_chunk = HV * (2 * K * V + CHUNK * (max(K, 2 * CHUNK) + V)) * element_size
+    per_chunk = HV * (2 * K * V + CHUNK * (max(K, 2 * CHUNK) + 2 * V)) * element_size
     fitting = max(SLICE_BYTES // per_chunk, 16)
     if num_chunks <= fitting:
         return 0
@@ -225,6 +225,7 @@ class Slices:
         self.products: tuple[Tensor, Tensor | None] | None = None
         self.h: Tensor | None = None
         self.dh: Tensor | None = None
+        self.M: Tensor | None = None
         self.carries: Tensor | None = None
 
     def bounds(self) -> list[tuple[int, int, int]]:
@@ -242,19 +243,22 @@ class Slices:
         summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         for index, c0, c1 in self.bounds():
             absent = [None] * 3  # states of the forward
-            self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 4, summaries, state_v_first)
+            self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 5, summaries, state_v_first)
         return summaries
 
     def chains(
         self, index: int, c0: int, c1: int, initial_state: Tensor | None, dht: Tensor | None, checkpoint: Tensor | None,
         starts: Tensor | None, ends: Tensor | None, out: Gradients, state_v_first: bool,
     ) -> None:  # fmt: skip
-        """States and state gradients of chunks c0 .. c1 - 1 into h and dh, M into dv; dh0 of sequences that begin."""
+        """States and state gradients of chunks c0 .. c1 - 1 into h and dh, M, dv; dh0 of sequences that begin."""
         if self.h is None:
             shape = (self.size, self.HV, self.K, self.V)
             self.h, self.dh = (torch.empty(shape, dtype=self.q.dtype, device=self.q.device) for _ in range(2))
+            self.M = torch.empty(self.size, self.HV, CHUNK, self.V, dtype=self.q.dtype, device=self.q.device)
+        assert self.dh is not None
+        assert self.M is not None
         bv = self.config.chains[0]
-        results = (self.matrices(self.h, bv), self.matrices(self.dh, bv), out.dv, out.dh0)
+        results = (self.matrices(self.h, bv), self.matrices(self.dh, bv), self.matrices(self.M, bv), out.dv, out.dh0)
         states = (None, initial_state, starts, checkpoint, dht, ends)
         self._walk(index, c0, c1, states, results, None, state_v_first)
         self.products = None  # their memory is for what comes next
@@ -301,14 +305,16 @@ class Slices:
         q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
         assert self.h is not None
         assert self.dh is not None
+        assert self.M is not None
         shape = (c1 - c0, self.HV, CHUNK)
         U, D, F = (torch.empty(*shape, width, dtype=q.dtype, device=q.device) for width in (self.V, CHUNK, CHUNK))
         dG = torch.empty(shape, dtype=torch.float32, device=q.device) if with_gate else None
         bv, options = _options(self.config.scores)
+        M = self.matrices(self.M, bv)
         scores_kernel[((c1 - c0) * self.HV,)](
             q, k, self.tokens(self.v, bv), self.tokens(do, bv), *self.factors(), self.prepared.Ag,
-            self.matrices(self.h, bv), self.tokens(out.dv, bv), chunks, out.dv, self.matrices(U, bv), D, F, dG,
-            out.dbeta, self.scale, c0, *_strides(q, k, self.v, do), SIGMOID=sigmoid, **options, **self.constants,
+            self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, dG, out.dbeta,
+            self.scale, c0, *_strides(q, k, self.v, do), SIGMOID=sigmoid, **options, **self.constants,
         )  # fmt: skip
         bv, options = _options(self.config.dq)
         dq_kernel[((c1 - c0) * self.H,)](
@@ -318,7 +324,7 @@ class Slices:
         bv, options = _options(self.config.dk)
         dk_kernel[((c1 - c0) * self.H,)](
             q, k, self.prepared.G, self.prepared.rk, self.matrices(self.h, bv), self.matrices(self.dh, bv), chunks,
-            self.tokens(out.dv, bv), self.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k),
+            self.matrices(self.M, bv), self.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k),
             **options, **self.constants,
         )  # fmt: skip
         return dG
@@ -393,7 +399,7 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
     cases = []
     for name, kernel, config, absent in (
         ("chains", chains_kernel, launch.chains, "roles starts checkpoint ends carry_in carry_out summaries"),
-        ("summary", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out h dh M dh0"),
+        ("summary", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out h dh M dv dh0"),
         ("scores", scores_kernel, launch.scores, ""),
         ("dq", dq_kernel, launch.dq, ""),
         ("dk", dk_kernel, launch.dk, ""),
@@ -402,10 +408,9 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
         given = constants | {"BV": block_v, "STAGES": options["STAGES"], "SUMMARY": name == "summary"}
         given = {n: x for n, x in (given | dict.fromkeys(absent.split())).items() if n in kernel.arg_names}
         tokens, states = [CHUNK, block_v], [dim, block_v]
-        blocks = {"v": tokens, "do": tokens, "U": tokens, "h": states, "dh": states}
+        blocks = {"v": tokens, "do": tokens, "U": tokens, "M": tokens, "W": tokens, "h": states, "dh": states}
         if kernel is chains_kernel:
             blocks |= {"q": [CHUNK, dim], "k": [CHUNK, dim], "X": [dim, CHUNK], "Yt": [CHUNK, CHUNK]}
-        blocks |= {"scores": {"M": tokens}, "dk": {"dv": tokens}}.get(name, {})
         tiles = {n: f"tensordesc<bf16{block}>" for n, block in blocks.items()} if launch.tma else {}
         strides = tuple(n for n in kernel.arg_names if n.startswith("stride"))
         types = known | dict.fromkeys(strides, "i32") | tiles
@@ -420,7 +425,7 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
                 maxnreg=options.get("maxnreg"),
                 divisible=strides,
                 main=main,
-                spills_allowed=dim > 128,  # the accumulators of dq and dk alone are half of the registers
+                spills_allowed=dim > 128,  # the accumulators of dq and dk alone are most of the registers
             )
         )
     return cases

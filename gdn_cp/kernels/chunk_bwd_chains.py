@@ -9,7 +9,7 @@ gamma = e^G, rho = e^(G_C - G), lam = e^(G_C), Af = (I + stricttril(diag(beta) K
 
 The second line is the first one transposed, with two dependent products a chunk like it. The passes need nothing of
 each other, so half of the programs walk one way and half the other. What the parallel kernel of `chunk_bwd_local` needs
-is stored: S before each chunk, dS+ after each chunk, and M (the gradient of v is beta M).
+is stored: S before each chunk, dS+ after each chunk, and M; and dV, the gradient of v, which is done with that.
 
 Every product takes a tile as it lies in memory as its first factor: `ptxas` up to 13.2 miscompiles products whose first
 factor was computed in registers (triton #9433).
@@ -168,12 +168,12 @@ def _state_chain(
 
 @triton.jit
 def _gradient_chain(
-    q, k, do, G, bt, rq, rk, X, Yt, dh, M, dS, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
+    q, k, do, G, bt, rq, rk, X, Yt, dh, M, dv, dS, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Walk down from gradient dS through chunks first + count - 1 .. first, storing M, and in dh dS after each.
+    """Walk down from gradient dS through chunks first + count - 1 .. first, storing M and dV, and in dh dS after each.
 
     Returns the gradient before the first; with SUMMARY that is all it does.
     """
@@ -189,6 +189,7 @@ def _gradient_chain(
         # Zero past the end of the sequence: there q and dO may be another sequence's.
         q_scale = tl.where(i_c < n_rows, scale * tl.exp(G_i) * q_norm, 0.0)
         k_scale = -tl.exp(G_i) * beta * k_norm
+        beta_now = beta
         lam = tl.exp(G_last)
         G_i, G_last, beta, q_norm, k_norm = _row_factors(G, bt, rq, rk, chunk - 1, hk, hv, j > 0, H, HV, C)
         y_tile = matrix_tile(Yt, index, 0, C, C, C, C, TMA)
@@ -206,14 +207,15 @@ def _gradient_chain(
         M_scaled = (M_tile * k_scale[:, None]).to(x_tile.dtype)
         dS = tl.dot(tl.trans(k_tile), M_scaled, acc=dS, input_precision=PRECISION)
         if not SUMMARY:
-            store_rows(M + (row * HV + hv) * V, M_tile, i_v, n_rows, HV * V, V, BV, C)
+            store_matrix_tile(M, M_tile.to(x_tile.dtype), index, i_v, C, V, C, BV, TMA)
+            store_rows(dv + (row * HV + hv) * V, beta_now[:, None] * M_tile, i_v, n_rows, HV * V, V, BV, C)
     return dS
 
 
 @triton.jit(do_not_specialize=["c0", "c1", "total_chunks"])
 def chains_kernel(
     q, k, v, do, G, bt, rq, rk, X, Yt, pieces, roles, initial_state, starts, checkpoint, dht, ends, carry_in,
-    carry_out, h, dh, M, dh0, summaries, scale, c0, c1, total_chunks,
+    carry_out, h, dh, M, dv, dh0, summaries, scale, c0, c1, total_chunks,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
@@ -291,7 +293,8 @@ def chains_kernel(
                 if piece_end > c1:
                     state = load_state(carry_in + own_at, i_v, K, V, BK, BV, False)
             state = _gradient_chain(
-                q, k, do, G, bt, rq, rk, X, Yt, dh, M, state, scale, hk, hv, i_v, first_row, end_row, first, count, c0,
+                q, k, do, G, bt, rq, rk, X, Yt, dh, M, dv, state, scale, hk, hv, i_v, first_row, end_row, first,
+                count, c0,
                 stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
                 H, HV, K, V, BK, BV, C, TMA, SUMMARY, PRECISION, STAGES,
             )  # fmt: skip

@@ -17,10 +17,16 @@ dQK * Q K^T, which would cancel between rows and columns of dG, never enters.
 
 Three kernels, because one would need more registers than there are: `scores_kernel` makes what is [C, C] and [C, V],
 `dq_kernel` and `dk_kernel` what is [C, K]. The latter build dQ and dK transposed, [K, C], so that the first factor of
-every product is a tile as it lies in memory (see `chunk_bwd_chains`). With x = r x_raw, r = 1 / |x_raw|, the gradient
-of x_raw is y - x (x . y) with y = r dx, so the scores are stored with the norms multiplied in:
+every product is a tile as it lies in memory (see `chunk_bwd_chains`), and add all products to one accumulator, which is
+small enough for several programs on a multiprocessor: one waits for memory while others compute. With x = r x_raw,
+r = 1 / |x_raw|, the gradient of x_raw is y - x (x . y) with y = r dx, so what is stored between the kernels has the
+norms multiplied in, and the decays:
 
     D = diag(rq) dQK diag(rk)         F = -diag(rk beta) E diag(rk)
+    W = -diag(rk gamma) dR            U as stored = diag(rk rho) U
+
+What one value head adds to Q . dQ and K . dK before the last products, which dG takes, is the difference of two sums
+over the accumulator; of K . dK, K . (S W^T) = -rowdot(dR, gamma K S) is known.
 
 Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, C = 64, NT chunks.
 """
@@ -54,15 +60,15 @@ def _norm_gradient(y_t, x_t, r):
 
 @triton.jit(do_not_specialize=["c0"])
 def scores_kernel(
-    q, k, v, do, G, bt, rq, rk, Ag, h, M, chunks, dv, U, D, F, dG, dbeta, scale, c0,
+    q, k, v, do, G, bt, rq, rk, Ag, h, M, chunks, W, U, D, F, dG, dbeta, scale, c0,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // HV and value head id % HV. Stores U, D, F, dV, dbeta and
+    """One program: chunk c0 + id // HV and value head id % HV. Stores W, U, D, F, dbeta and
     dG but for what comes through dQ and dK.
 
-    M and dv may be the same memory: each tile is read before it is written, and only by this program.
+    M and W may be the same memory: each tile is read before it is written, and only by this program.
     """
     pid = tl.program_id(0)
     local = (pid // HV).to(tl.int64)
@@ -81,13 +87,15 @@ def scores_kernel(
     Ag_tile = load_state(Ag + (chunk * HV + hv) * (C * C), 0, C, C, C, C, False)
     dtype = k_tile.dtype
     G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
+    G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
     b = tl.load(bt + (chunk * HV + hv) * C + i_c)
-    gamma = tl.exp(G_i)
     k_norm = tl.full([C], 1.0, tl.float32)
     q_norm = tl.full([C], scale, tl.float32)
     if rk is not None:
         k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
         q_norm = tl.load(rq + (chunk * H + hk) * C + i_c) * scale
+    from_start = tl.exp(G_i) * k_norm
+    to_end = tl.exp(G_last - G_i) * k_norm
     dP = tl.zeros([C, C], tl.float32)
     MU = tl.zeros([C, C], tl.float32)
     m_dot_r = tl.zeros([C], tl.float32)
@@ -96,19 +104,20 @@ def scores_kernel(
         S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
         v_tile = token_tile(v, row, hv, i_v, n_rows, stride_vt, stride_vh, V, BV, C, TMA)
         do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
-        m_tile = token_tile(M, row, hv, i_v, n_rows, HV * V, V, V, BV, C, TMA)
-        KS = (gamma * k_norm)[:, None] * tl.dot(k_tile, S, input_precision=PRECISION)
+        m_tile = matrix_tile(M, own, i_v, C, V, C, BV, TMA)
+        KS = from_start[:, None] * tl.dot(k_tile, S, input_precision=PRECISION)
         R = v_tile.to(tl.float32) - KS
         m = m_tile.to(tl.float32)
         m_dot_r += tl.sum(m * R, 1)
-        dR = b[:, None] * m
-        dr_dot_ks += tl.sum(dR * KS, 1)  # beta is 0 past the end, and so are dR and U
-        store_rows(dv + (row * HV + hv) * V, dR, i_v, n_rows, HV * V, V, BV, C)
+        dR = tl.where(valid[:, None], b[:, None] * m, 0.0)
+        dr_dot_ks += tl.sum(dR * KS, 1)
+        store_matrix_tile(W, (-from_start[:, None] * dR).to(dtype), own, i_v, C, V, C, BV, TMA)
         bR = tl.where(valid[:, None], b[:, None] * R, 0.0)
-        U_b = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION).to(dtype)
-        store_matrix_tile(U, U_b, own, i_v, C, V, C, BV, TMA)
-        dP = tl.dot(do_tile, tl.trans(U_b), acc=dP, input_precision=PRECISION)
-        MU = tl.dot(m_tile, tl.trans(U_b), acc=MU, input_precision=PRECISION)
+        u = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION)
+        store_matrix_tile(U, (to_end[:, None] * u).to(dtype), own, i_v, C, V, C, BV, TMA)
+        u_t = tl.trans(u.to(dtype))
+        dP = tl.dot(do_tile, u_t, acc=dP, input_precision=PRECISION)
+        MU = tl.dot(m_tile, u_t, acc=MU, input_precision=PRECISION)
     # Rows past the end are left out, not multiplied by 0: what is there may not be finite.
     lower = (i_c[:, None] >= i_c[None, :]) & valid[:, None]
     strict = (i_c[:, None] > i_c[None, :]) & valid[:, None]
@@ -126,7 +135,9 @@ def scores_kernel(
     if dG is not None:
         decayed = tl.where(strict, D_tile * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), 0.0)
         decayed -= b[:, None] * EKK
-        tl.store(dG + own * C + i_c, tl.sum(decayed, 1) - tl.sum(decayed, 0) - dr_dot_ks)
+        # `dk_kernel` subtracts K . (Z - gamma dR S^T), of which the second part is dr_dot_ks once more.
+        part = tl.where(valid, tl.sum(decayed, 1) - tl.sum(decayed, 0) - 2.0 * dr_dot_ks, 0.0)
+        tl.store(dG + own * C + i_c, part + tl.where(i_c == C - 1, tl.sum(dr_dot_ks, 0), 0.0))
 
 
 @triton.jit(do_not_specialize=["c0"])
@@ -137,7 +148,7 @@ def dq_kernel(
 ):  # fmt: skip
     """One program: chunk c0 + id // H and q/k head id % H; dQ over all value heads of that head, and its part of dG.
 
-    dQ^T = sum of S dO^T diag(scale gamma) + K^T (D / rq)^T; the products take tiles as loaded, scales come after.
+    dQ^T = sum of S (diag(scale gamma rq) dO)^T + K^T D^T, then the norm's part.
     """
     pid = tl.program_id(0)
     local = (pid // H).to(tl.int64)
@@ -148,49 +159,50 @@ def dq_kernel(
     row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
     n_rows = tl.load(chunks + chunk * 4 + 2)
     i_c = tl.arange(0, C)
-    k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+    valid = i_c < n_rows
+    q_at = q + row * stride_qt + hk * stride_qh
     q_norm = tl.full([C], 1.0, tl.float32)
     if rq is not None:
         q_norm = tl.load(rq + (chunk * H + hk) * C + i_c)
     dq_t = tl.zeros([BK, C], tl.float32)
+    q_dot = tl.zeros([C], tl.float32)
     for j in range(HV // H):
         hv = hk * (HV // H) + j
         own = local * HV + hv
-        D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
-        dq_t = tl.dot(tl.trans(k_tile), tl.trans(D_tile), acc=dq_t, input_precision=PRECISION)
-        G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
-        through_s = tl.zeros([BK, C], tl.float32)
+        factor = scale * tl.exp(tl.load(G + (chunk * HV + hv) * C + i_c)) * q_norm
         for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
             S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
             do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
-            through_s = tl.dot(S, tl.trans(do_tile), acc=through_s, input_precision=PRECISION)
-        through_s *= (scale * tl.exp(G_i) * q_norm)[None, :]
-        dq_t += through_s
-        if dG is not None:
-            # Loaded again: held in registers all along, the tile would take the place of a second program.
-            q_again = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
-            q_dot = tl.sum(tl.trans(q_again).to(tl.float32) * through_s, 0)
             # Rows of dO past the end may be another sequence's.
-            part = tl.load(dG + own * C + i_c)
-            tl.store(dG + own * C + i_c, tl.where(i_c < n_rows, part + q_dot, 0.0))
+            do_scaled = tl.where(valid[:, None], do_tile.to(tl.float32) * factor[:, None], 0.0).to(do_tile.dtype)
+            dq_t = tl.dot(S, tl.trans(do_scaled), acc=dq_t, input_precision=PRECISION)
+        if dG is not None:
+            # Loaded where it is used: held in registers all along, the tile would cost a program on the multiprocessor.
+            q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
+            so_far = tl.sum(tl.trans(q_tile).to(tl.float32) * dq_t, 0)
+            at = dG + own * C + i_c
+            tl.store(at, tl.load(at) + so_far - q_dot)
+            q_dot = so_far
+    k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+    for j in range(HV // H):
+        D_tile = load_state(D + (local * HV + hk * (HV // H) + j) * (C * C), 0, C, C, C, C, False)
+        dq_t = tl.dot(tl.trans(k_tile), tl.trans(D_tile), acc=dq_t, input_precision=PRECISION)
     if rq is not None:
-        q_again = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
-        dq_t = _norm_gradient(dq_t, tl.trans(q_again), tl.load(rq + (chunk * H + hk) * C + i_c))
+        q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
+        dq_t = _norm_gradient(dq_t, tl.trans(q_tile), q_norm)
     store_rows(dq + (row * H + hk) * K, tl.trans(dq_t), 0, n_rows, H * K, K, BK, C)
 
 
 @triton.jit(do_not_specialize=["c0"])
 def dk_kernel(
-    q, k, G, rk, h, dh, chunks, dv, U, D, F, dG, dk, c0, stride_qt, stride_qh, stride_kt, stride_kh,
+    q, k, G, rk, h, dh, chunks, W, U, D, F, dG, dk, c0, stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: chunk c0 + id // H and q/k head id % H; dK over all value heads of that head, and the rest of dG.
 
-    dK^T = sum of dS+ U^T diag(rho) - S dR^T diag(gamma) + (Q^T D + K^T (F + F^T)) / rk. One loop over (value head,
-    BV columns) pairs, so that the next tiles of S, dS+, dR and U are always on their way.
+    dK^T = sum of S W^T + dS+ U^T + Q^T D + K^T (F + F^T), then the norm's part.
     """
-    NV: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
     local = (pid // H).to(tl.int64)
     chunk = c0 + local
@@ -200,51 +212,42 @@ def dk_kernel(
     row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
     n_rows = tl.load(chunks + chunk * 4 + 2)
     i_c = tl.arange(0, C)
-    q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
-    k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+    k_at = k + row * stride_kt + hk * stride_kh
     dk_t = tl.zeros([BK, C], tl.float32)
-    through_s = tl.zeros([BK, C], tl.float32)
-    through_ds = tl.zeros([BK, C], tl.float32)
-    state_dot = 0.0
-    for step in tl.range(0, (HV // H) * NV, num_stages=STAGES):
-        hv = hk * (HV // H) + step // NV
-        i_v = step % NV
+    k_dot = tl.zeros([C], tl.float32)
+    for j in range(HV // H):
+        hv = hk * (HV // H) + j
         own = local * HV + hv
-        S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
-        dS = matrix_tile(dh, own, i_v, K, V, BK, BV, TMA)
-        dR = token_tile(dv, row, hv, i_v, n_rows, HV * V, V, V, BV, C, TMA)
-        U_tile = matrix_tile(U, own, i_v, C, V, C, BV, TMA)
-        through_s = tl.dot(S, tl.trans(dR), acc=through_s, input_precision=PRECISION)
-        through_ds = tl.dot(dS, tl.trans(U_tile), acc=through_ds, input_precision=PRECISION)
-        if dG is not None:
-            state_dot += tl.sum(S.to(tl.float32) * dS.to(tl.float32))
-        if i_v == NV - 1:
-            D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
-            F_tile = load_state(F + own * (C * C), 0, C, C, C, C, False)
-            G_i = tl.load(G + (chunk * HV + hv) * C + i_c)
-            G_last = tl.load(G + (chunk * HV + hv) * C + C - 1)
-            gamma = tl.exp(G_i)
-            rho = tl.exp(G_last - G_i)
-            if rk is not None:
-                k_norm = tl.load(rk + (chunk * H + hk) * C + i_c)
-                gamma *= k_norm
-                rho *= k_norm
-            dk_t = tl.dot(tl.trans(q_tile), D_tile, acc=dk_t, input_precision=PRECISION)
-            dk_t = tl.dot(tl.trans(k_tile), F_tile, acc=dk_t, input_precision=PRECISION)
-            dk_t = tl.dot(tl.trans(k_tile), tl.trans(F_tile), acc=dk_t, input_precision=PRECISION)
-            through_ds *= rho[None, :]
-            dk_t += through_ds - through_s * gamma[None, :]
+        state_dot = tl.zeros([BK, BV], tl.float32)
+        for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
+            S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
+            dS = matrix_tile(dh, own, i_v, K, V, BK, BV, TMA)
+            W_tile = matrix_tile(W, own, i_v, C, V, C, BV, TMA)
+            U_tile = matrix_tile(U, own, i_v, C, V, C, BV, TMA)
+            dk_t = tl.dot(S, tl.trans(W_tile), acc=dk_t, input_precision=PRECISION)
+            dk_t = tl.dot(dS, tl.trans(U_tile), acc=dk_t, input_precision=PRECISION)
             if dG is not None:
-                k_dot_z = tl.sum(tl.trans(k_tile).to(tl.float32) * through_ds, 0)
-                from_last = tl.exp(G_last) * state_dot + tl.sum(k_dot_z, 0)
-                part = tl.load(dG + own * C + i_c) - k_dot_z
-                tl.store(dG + own * C + i_c, part + tl.where(i_c == C - 1, from_last, 0.0))
-            through_s = tl.zeros([BK, C], tl.float32)
-            through_ds = tl.zeros([BK, C], tl.float32)
-            state_dot = 0.0
+                state_dot += S.to(tl.float32) * dS.to(tl.float32)
+        if dG is not None:
+            k_tile = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
+            so_far = tl.sum(tl.trans(k_tile).to(tl.float32) * dk_t, 0)
+            added = so_far - k_dot
+            k_dot = so_far
+            lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
+            from_last = lam * tl.sum(state_dot) + tl.sum(added, 0)
+            at = dG + own * C + i_c
+            tl.store(at, tl.load(at) - added + tl.where(i_c == C - 1, from_last, 0.0))
+    k_tile = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
+    q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
+    for j in range(HV // H):
+        own = local * HV + hk * (HV // H) + j
+        D_tile = load_state(D + own * (C * C), 0, C, C, C, C, False)
+        F_tile = load_state(F + own * (C * C), 0, C, C, C, C, False)
+        dk_t = tl.dot(tl.trans(q_tile), D_tile, acc=dk_t, input_precision=PRECISION)
+        dk_t = tl.dot(tl.trans(k_tile), F_tile, acc=dk_t, input_precision=PRECISION)
+        dk_t = tl.dot(tl.trans(k_tile), tl.trans(F_tile), acc=dk_t, input_precision=PRECISION)
     if rk is not None:
-        # Loaded again: held in registers all along, the tile would cost some that the loop needs.
-        k_again = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
+        k_again = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
         dk_t = _norm_gradient(dk_t, tl.trans(k_again), tl.load(rk + (chunk * H + hk) * C + i_c))
     store_rows(dk + (row * H + hk) * K, tl.trans(dk_t), 0, n_rows, H * K, K, BK, C)
 

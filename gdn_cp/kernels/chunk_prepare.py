@@ -329,9 +329,10 @@ def _products_kernel(
             Yt = Pt + tl.dot(tl.trans(Ag), Pt.to(Ag.dtype), input_precision=DOT)
             out = Yt_ptr + (local * HV + head) * 4096
             tl.store(out + i[:, None] * 64 + i[None, :], Yt.to(Ag.dtype))
-        A = tl.where(i[:, None] == i[None, :], 1.0, Ag.to(tl.float32))
-        A = A * (rk * tl.exp(G_last - G))[:, None]
-        X = tl.dot(tl.trans(k), A.to(k.dtype), input_precision=DOT)
+        # The identity in Af is added in float32: rounded with Ag for the product it would be most of X's error.
+        to_end = rk * tl.exp(G_last - G)
+        A = Ag.to(tl.float32) * to_end[:, None]
+        X = tl.dot(tl.trans(k), A.to(k.dtype), input_precision=DOT) + tl.trans(k).to(tl.float32) * to_end[None, :]
         out = X_ptr + (local * HV + head) * (K * 64)
         tl.store(out + d[:, None] * 64 + i[None, :], X.to(k.dtype), mask=(d[:, None] < K))
 
