@@ -33,13 +33,14 @@ from megatron.core.transformer.utils import (
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from gdn_cp.comm.choice import A2aSize, choose_a2a_size
+from gdn_cp.comm.choice import A2aSize, check_request, choose_a2a_size
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
 from gdn_cp.gated_delta_net import GdnDims, gated_delta_net_mixer, keep_precision
 from gdn_cp.megatron.compat import module_name, split_tensor_factory
 from gdn_cp.megatron.inference import mix_with_cache
 from gdn_cp.megatron.norm import gain_of
 from gdn_cp.megatron.packed import GdnPackedSeqParams, cp_group_of, is_packed, layout_of_batch, layout_of_packed
+from gdn_cp.mixer_checks import check_tensor
 
 IN_PROJ_SECTIONS = ("query", "key", "value", "z", "beta", "alpha")
 
@@ -119,6 +120,7 @@ class GatedDeltaNet(MegatronModule):
             )
         if bias or not use_qk_l2norm:
             raise ValueError(f"bias={bias}, use_qk_l2norm={use_qk_l2norm}: only False and True are supported")
+        check_request(a2a_size, 1 if a2a_size is None or isinstance(a2a_size, str) else a2a_size)
         self.pg_collection = pg_collection
         self.layer_number = layer_number
         self.backend = backend
@@ -282,15 +284,19 @@ class GatedDeltaNet(MegatronModule):
                     f"{name} was given: this layer has no cross attention, no attention bias, and for inference takes "
                     "inference_context alone, without flash_decode or CUDA graphs of Megatron's"
                 )
+        self._check_hidden_states(hidden_states)
+        packed = is_packed(packed_seq_params)
         group = cp_group_of(packed_seq_params, self.pg_collection.cp)
         if inference_context is not None:
             return self._infer(hidden_states, inference_context, packed_seq_params, group)
+        if packed and hidden_states.shape[1] != 1:
+            raise ValueError(
+                f"hidden_states has batch size {hidden_states.shape[1]}: packed rows need [rows, 1, hidden]"
+            )
         projected, _bias = self.in_proj(hidden_states)
         seqlen, batch, _width = projected.shape
         cp_size = 1 if group is None else group.size()
-        if is_packed(packed_seq_params):
-            if batch != 1:
-                raise ValueError(f"hidden_states has batch size {batch}: packed rows need [rows, 1, hidden]")
+        if packed and packed_seq_params is not None:
             layout = layout_of_packed(packed_seq_params, seqlen, cp_size, projected.device)
         else:
             layout = layout_of_batch(batch, seqlen * cp_size, cp_size, projected.device)
@@ -305,6 +311,17 @@ class GatedDeltaNet(MegatronModule):
         rows = projected.transpose(0, 1).flatten(0, 1)
         mixed: Any = checkpoint(mix, False, rows) if self.training and self.recompute_mixer else mix(rows)
         return self.out_proj(mixed.unflatten(0, (batch, seqlen)).transpose(0, 1).contiguous())
+
+    def _check_hidden_states(self, hidden_states: Tensor) -> None:
+        check_tensor("hidden_states", hidden_states)
+        width = self.config.hidden_size
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != width or not hidden_states.is_floating_point():
+            raise ValueError(
+                f"hidden_states is {hidden_states.dtype} {list(hidden_states.shape)}: expected floating point "
+                f"[s, b, {width}]"
+            )
+        if hidden_states.device != self.A_log.device:
+            raise ValueError(f"hidden_states is on {hidden_states.device} but the layer on {self.A_log.device}")
 
     def _mixer_arguments(self) -> dict[str, Any]:
         return {

@@ -88,11 +88,12 @@ class HybridModel:
     def from_huggingface(cls, config: Mapping[str, Any], *, zero_centered: bool = True) -> HybridModel:
         """Read the content of a `config.json` (of transformers 4.57 or 5; of a multimodal Qwen3.5 its text part).
 
-        Raises ValueError, naming the setting, for what the Megatron model has no equivalent of: biases, other
-        activations, scaled rotary embeddings.
+        Raises ValueError, naming the setting, for one that is missing and for what the Megatron model has no equivalent
+        of: biases, other activations, scaled rotary embeddings.
         """
         if "text_config" in config:
             config = {"tie_word_embeddings": config.get("tie_word_embeddings", False), **config["text_config"]}
+        config = _Settings(config)
         rope = _rope(config)
         layers = config["num_hidden_layers"]
         types = config.get("layer_types")
@@ -172,7 +173,11 @@ class HybridModel:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> HybridModel:
-        """The inverse of `dataclasses.asdict` after a way through JSON."""
+        """The inverse of `dataclasses.asdict` after a way through JSON. ValueError for missing and unknown names."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        wrong = sorted((known - {"zero_centered", "experts"} - content.keys()) | (content.keys() - known))
+        if wrong:
+            raise ValueError(f"model.json: {', '.join(wrong)}: missing or not known; it has {', '.join(sorted(known))}")
         experts = Experts.from_json(content.get("experts"))
         return cls(**{**content, "linear_attention": tuple(content["linear_attention"]), "experts": experts})
 
@@ -254,6 +259,13 @@ _SAME_NAMES = (
     "linear_conv_kernel_dim",
 )
 assert set(_SAME_NAMES) <= {field.name for field in dataclasses.fields(HybridModel)}
+
+
+class _Settings(dict[str, Any]):
+    """A configuration that says which setting it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"config.json lacks {name}: is it the configuration of {' or '.join(FAMILIES)}?")
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, float]:

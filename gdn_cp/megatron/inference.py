@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gdn_cp.inference import GdnCache, decode_mixer, prefill_mixer
 from gdn_cp.megatron.packed import layout_of_batch
+from gdn_cp.mixer_checks import check_count
 
 
 class GdnInferenceContext(StaticInferenceContext):
@@ -35,6 +36,8 @@ class GdnInferenceContext(StaticInferenceContext):
         state_v_first: keep states as [V, K].
         state_dtype: float32 (None: so) or bfloat16.
         settings: further arguments of Megatron's context.
+
+    Raises ValueError or TypeError for counts below 1 and another state_dtype.
     """
 
     def __init__(
@@ -47,6 +50,16 @@ class GdnInferenceContext(StaticInferenceContext):
         state_dtype: torch.dtype | None = None,
         **settings: Any,
     ) -> None:
+        for name, count in (
+            ("max_batch_size", max_batch_size),
+            ("max_sequence_length", max_sequence_length),
+            ("slots", slots),
+        ):
+            check_count(name, count)
+        if not isinstance(state_v_first, bool):
+            raise TypeError(f"state_v_first must be True or False, got {state_v_first!r}")
+        if state_dtype not in (None, torch.float32, torch.bfloat16, torch.float64):
+            raise ValueError(f"state_dtype={state_dtype}: choose torch.float32 or torch.bfloat16")
         super().__init__(max_batch_size, max_sequence_length, **settings)
         self.materialize_only_last_token_logits = slots == 1  # the logits of a packet are all needed
         self.gdn_cache_settings = {"slots": slots, "state_v_first": state_v_first, "state_dtype": state_dtype}

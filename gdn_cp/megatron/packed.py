@@ -53,7 +53,12 @@ def packed_seq_params_from_layout(
 
     Raises:
         ValueError: for a group of another size than the layout's, and an a2a_size that does not divide it.
+        TypeError: for arguments of other types.
     """
+    if not isinstance(layout, ThdLayout):
+        raise TypeError(f"layout must be a gdn_cp.ThdLayout, got {type(layout).__name__}")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed process group or None, got {type(group).__name__}")
     if group is not None and group.size() != layout.cp_size:
         raise ValueError(
             f"layout.cp_size={layout.cp_size} but group has {group.size()} rank(s): build the layout for this group"
@@ -86,10 +91,12 @@ def packed_seq_params_from_layout(
 def is_packed(packed_seq_params: PackedSeqParams | None) -> TypeGuard[PackedSeqParams]:
     """Tell whether the batch is packed rows (THD) rather than equal sequences (SBHD).
 
-    Raises ValueError for a PackedSeqParams of another format than "thd".
+    Raises ValueError for a PackedSeqParams of another format than "thd", TypeError for another object.
     """
     if packed_seq_params is None:
         return False
+    if not isinstance(packed_seq_params, PackedSeqParams):
+        raise TypeError(f"packed_seq_params must be Megatron's PackedSeqParams, got {type(packed_seq_params).__name__}")
     if packed_seq_params.qkv_format != "thd":
         raise ValueError(f'packed_seq_params.qkv_format={packed_seq_params.qkv_format!r}: only "thd" is supported')
     return True
@@ -97,7 +104,7 @@ def is_packed(packed_seq_params: PackedSeqParams | None) -> TypeGuard[PackedSeqP
 
 def cp_group_of(packed_seq_params: PackedSeqParams | None, default: dist.ProcessGroup) -> dist.ProcessGroup | None:
     """The context-parallel group of this batch, None for a single rank: the batch's own if it names one."""
-    own = None if packed_seq_params is None else packed_seq_params.cp_group
+    own = getattr(packed_seq_params, "cp_group", None)
     group = default if own is None else own
     return None if group.size() == 1 else group
 

@@ -271,6 +271,22 @@ def test_configurations_that_are_refused(changed, message):
         HybridModel.from_huggingface(config_of(**changed))
 
 
+def test_configurations_with_something_missing_are_refused():
+    model = HybridModel.from_huggingface(config_of())
+    for name in ("model_type", "vocab_size", "num_hidden_layers", "head_dim", "linear_key_head_dim", "rms_norm_eps"):
+        config = config_of()
+        del config[name]
+        if name == "head_dim":  # has a default
+            assert HybridModel.from_huggingface(config).kv_channels == 32 // 4
+            continue
+        with pytest.raises(ValueError, match=f"config.json lacks {name}|model_type=None"):
+            HybridModel.from_huggingface(config)
+    content = dataclasses.asdict(model)
+    del content["kv_channels"]
+    with pytest.raises(ValueError, match=r"model.json: heads, kv_channels: missing or not known"):
+        HybridModel.from_json({**content, "heads": 3})
+
+
 def test_configurations_of_earlier_transformers_and_of_multimodal_models():
     flat = config_of(rope_theta=1e7, partial_rotary_factor=0.5, full_attention_interval=2)
     del flat["rope_parameters"]
