@@ -30,8 +30,8 @@ from gdn_cp.comm.row_maps import rank_major_rows
 from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, RowBuffer, Transport
 from gdn_cp.kernels import conv1d_triton, norm_triton
 from gdn_cp.kernels.backends import DeltaRuleCall, choose_backend, wants_kernels
-from gdn_cp.kernels.chunk_triton import rule_backward, rule_forward
-from gdn_cp.kernels.configs import chain_plan, on_device
+from gdn_cp.kernels.chunk_triton import piece_chunks, rule_backward, rule_forward
+from gdn_cp.kernels.configs import on_device
 from gdn_cp.kernels.conv1d_triton import (
     Channels,
     GateColumns,
@@ -114,11 +114,6 @@ class FusedCall:
         """A share's part of a parameter [HV], a view."""
         return parameter.narrow(0, self.share * self.heads.num_v_heads, self.heads.num_v_heads)
 
-    def piece_chunks(self, q: Tensor, v: Tensor) -> int:
-        """Chunks of a piece, as the rule's forward cut this batch's sequences."""
-        N = 1 if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
-        return chain_plan(q.device, q.dtype, N, q.shape[1], v.shape[2], q.shape[3], v.shape[3])[1]
-
 
 class _FusedMixer(torch.autograd.Function):
     @staticmethod
@@ -149,6 +144,7 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
         A_log=call.own_heads(parameters.A_log), dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens,
         state_v_first=False, intra_card=None, **_RULE,
     )  # fmt: skip
+    ctx.piece_chunks = piece_chunks(q, v, call.cu_seqlens, None) if of_rule[-1].numel() else 0
     del qkv, q, k, v, buffer
     returned = call.transport.return_out(o[0].flatten(1))
     del o
@@ -171,7 +167,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     call: FusedCall = ctx.call
     x, gates, z, o, *rest = ctx.saved_tensors
     parameters, of_rule = MixerParameters(*rest[:5]), rest[5:]
-    columns, dim, cut = call.transport.columns, call.heads.head_v_dim, of_rule[6].numel() > 0
+    columns, dim = call.transport.columns, call.heads.head_v_dim
 
     d_projected = torch.empty(len(z), columns.width, dtype=z.dtype, device=z.device)
     d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
@@ -194,7 +190,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule,
         scale=call.heads.head_k_dim**-0.5, initial_state=None, A_log=call.own_heads(parameters.A_log),
         dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens, state_v_first=False, need_dh0=False,
-        piece_chunks=call.piece_chunks(q, v) if cut else 0, **_RULE,
+        piece_chunks=ctx.piece_chunks, **_RULE,
     )  # fmt: skip
     del qkv, q, k, v, d_o
     if call.shares > 1:

@@ -242,6 +242,13 @@ def _(
     )
 
 
+def piece_chunks(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, intra_card: int | None) -> int:
+    """Chunks of a piece in `rule_forward` with these arguments, which `rule_backward` has to be told; 0: no pieces."""
+    (B, T, HV, V), K = v.shape, q.shape[3]
+    N = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    return chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)[1]
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, g, beta, scale, initial_state, _, A_log, dt_bias, cu_seqlens, *flags, intra_card = inputs
     ctx.set_materialize_grads(False)
@@ -249,9 +256,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *output[2:])
     ctx.scale, ctx.flags, ctx.piece_chunks = scale, flags, 0
     if output[-1].numel():
-        (B, T, HV, V), K = v.shape, q.shape[3]
-        N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-        ctx.piece_chunks = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)[1]
+        ctx.piece_chunks = piece_chunks(q, v, cu_seqlens, intra_card)
 
 
 def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
