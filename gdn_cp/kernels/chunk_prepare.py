@@ -171,20 +171,20 @@ def _solve_kernel(
     kk32 = tl.zeros((16, 16), tl.float32)
     kk33 = tl.zeros((16, 16), tl.float32)
     k_base = k_ptr + row * stride_kt + h.to(tl.int64) * stride_kh
-    for start in tl.static_range(0, K, BK):
+    for start in tl.range(0, K, BK, num_stages=1):
         d = start + tl.arange(0, BK)
         tile = k_base + i[:, None] * stride_kt + d[None, :]
         columns = d[None, :] < K
         k0 = tl.load(tile, mask=(i[:, None] < length) & columns, other=0.0)
-        k1 = tl.load(tile + 16 * stride_kt, mask=(16 + i[:, None] < length) & columns, other=0.0)
-        k2 = tl.load(tile + 32 * stride_kt, mask=(32 + i[:, None] < length) & columns, other=0.0)
-        k3 = tl.load(tile + 48 * stride_kt, mask=(48 + i[:, None] < length) & columns, other=0.0)
         kk00 = tl.dot(k0, tl.trans(k0), kk00, input_precision=DOT)
+        k1 = tl.load(tile + 16 * stride_kt, mask=(16 + i[:, None] < length) & columns, other=0.0)
         kk10 = tl.dot(k1, tl.trans(k0), kk10, input_precision=DOT)
         kk11 = tl.dot(k1, tl.trans(k1), kk11, input_precision=DOT)
+        k2 = tl.load(tile + 32 * stride_kt, mask=(32 + i[:, None] < length) & columns, other=0.0)
         kk20 = tl.dot(k2, tl.trans(k0), kk20, input_precision=DOT)
         kk21 = tl.dot(k2, tl.trans(k1), kk21, input_precision=DOT)
         kk22 = tl.dot(k2, tl.trans(k2), kk22, input_precision=DOT)
+        k3 = tl.load(tile + 48 * stride_kt, mask=(48 + i[:, None] < length) & columns, other=0.0)
         kk30 = tl.dot(k3, tl.trans(k0), kk30, input_precision=DOT)
         kk31 = tl.dot(k3, tl.trans(k1), kk31, input_precision=DOT)
         kk32 = tl.dot(k3, tl.trans(k2), kk32, input_precision=DOT)
