@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from gdn_cp.comm import states
 from gdn_cp.comm.groups import CpGroups
-from gdn_cp.comm.halo import fetch_halo, halo_routes
+from gdn_cp.comm.halo import HaloRoutes, halo_routes, return_halo, send_halo
 from gdn_cp.comm.layout import SegmentTable, ThdLayout
 from gdn_cp.kernels.conv1d import causal_conv1d
 from gdn_cp.kernels.segments import (
@@ -47,7 +47,7 @@ def convolve_segments(
     """`gdn_cp.kernels.conv1d.causal_conv1d` along whole sequences of which this rank holds segments.
 
     Only the first W-1 rows of a segment read another's tokens: all rows are convolved as if sequences began at the
-    segments, then these few anew, with the halo before them.
+    segments, then these few anew, with the halo before them. Differentiable once.
 
     Args:
         x: [T, D], rows in the order of `layout.segments(groups.a2a_size, groups.group_index)`.
@@ -62,15 +62,65 @@ def convolve_segments(
     """
     routes = halo_routes(layout, groups.a2a_size, groups.group_index, weight.shape[-1])
     bounds = layout.segments(groups.a2a_size, groups.group_index).cu_seqlens_tensor
-    y = causal_conv1d(x, weight, bias, cu_seqlens=bounds, activation=activation)
     if not routes.travels:
-        return y
+        return causal_conv1d(x, weight, bias, cu_seqlens=bounds, activation=activation)
     assert groups.states is not None
-    halo, edges = fetch_halo(x, routes, groups.states), routes.edges
-    # On a rank without edges too, so that its halo is part of the graph and its backward takes part in the exchange.
-    rows = torch.cat([halo, x.index_select(0, edges.rows)]).index_select(0, edges.order)
-    anew = causal_conv1d(rows, weight, bias, cu_seqlens=edges.cu_seqlens, activation=activation)
-    return y.index_copy_(0, edges.rows, anew.index_select(0, edges.results))
+    return _ConvolveSegments.apply(x, weight, bias, routes, groups.states, bounds, activation)
+
+
+class _ConvolveSegments(torch.autograd.Function):
+    """The convolution of all rows and that of the edges, each with its own graph, which the backward runs.
+
+    Both exchanges of the halo go on beside the convolution of all rows. Only rows at edges and those that were sent
+    get a second addend in the gradient, so no further pass is made over all rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, routes: HaloRoutes, group: dist.ProcessGroup,
+        bounds: Tensor, activation: str | None,
+    ) -> Tensor:  # fmt: skip
+        edges = routes.edges
+        halo = send_halo(x, routes, group)
+        needed = ctx.needs_input_grad[:3]
+        with torch.enable_grad():
+            leaves: list[Any] = [
+                t if t is None else t.detach().requires_grad_(n) for t, n in zip((x, weight, bias), needed, strict=True)
+            ]
+            y = causal_conv1d(leaves[0], *leaves[1:], cu_seqlens=bounds, activation=activation)
+            rows = torch.cat([halo.wait(), x.detach().index_select(0, edges.rows)]).index_select(0, edges.order)
+            rows.requires_grad_(needed[0])
+            anew = causal_conv1d(rows, *leaves[1:], cu_seqlens=edges.cu_seqlens, activation=activation)
+        ctx.routes, ctx.group, ctx.leaves, ctx.rows, ctx.results = routes, group, leaves, rows, (y, anew)
+        return y.detach().index_copy_(0, edges.rows, anew.detach().index_select(0, edges.results))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        routes: HaloRoutes = ctx.routes
+        edges, (y, anew), (x, *parameters) = routes.edges, ctx.results, ctx.leaves
+        d_edges = grads[0].index_select(0, edges.rows)
+        d_anew = torch.zeros_like(anew).index_copy_(0, edges.results, d_edges)
+        d_rows, *d_parameters = _gradients(anew, (ctx.rows, *parameters), d_anew)
+        arriving = None
+        if d_rows is not None:
+            by_kind = torch.empty_like(d_rows).index_copy_(0, edges.order, d_rows)
+            d_halo, d_edges = by_kind.split((len(by_kind) - len(edges.rows), len(edges.rows)))
+            arriving = return_halo(d_halo, routes, ctx.group)
+        dx, *d_inner = _gradients(y, (x, *parameters), grads[0].index_fill(0, edges.rows, 0))
+        if arriving is not None:
+            assert dx is not None
+            for at, more in ((edges.rows, d_edges), (routes.owners, arriving.wait())):
+                dx.index_copy_(0, at, dx.index_select(0, at) + more)
+        sums = (a if b is None else b if a is None else a + b for a, b in zip(d_inner, d_parameters, strict=True))
+        return dx, *sums, None, None, None, None
+
+
+def _gradients(output: Tensor, inputs: tuple[Tensor | None, ...], grad: Tensor) -> list[Tensor | None]:
+    """The gradient of each input, None for those that need none."""
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    found = iter(torch.autograd.grad(output, wanted, grad))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def state_passing_delta_rule(

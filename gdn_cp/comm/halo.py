@@ -16,7 +16,7 @@ Dimensions: T rows of this rank, n segments, W taps, D columns, R halo rows of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -102,33 +102,69 @@ def fetch_halo(x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> Tenso
     return _FetchHalo.apply(x, routes, group)
 
 
+class PendingRows:
+    """Rows on their way: `wait()` gives them, on the current stream; once. Until then other work may be launched."""
+
+    def __init__(self, received: Tensor, sent: Tensor, work: dist.Work | None, finish: Callable[[Tensor], Tensor]):
+        self._sent = sent  # alive until it has been sent
+        self._received, self._work, self._finish = received, work, finish
+
+    def wait(self) -> Tensor:
+        """The rows, in the order that the sender's function states."""
+        if self._work is not None:
+            self._work.wait()
+        return self._finish(self._received)
+
+
+def send_halo(x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> PendingRows:
+    """`fetch_halo` without autograd, begun: `wait()` gives the halo rows [R, D]."""
+    sent = x.index_select(0, routes.send_rows)
+    return _start(
+        sent, routes.receive_counts, routes.send_counts, group, lambda rows: rows.index_select(0, routes.to_halo)
+    )
+
+
+def return_halo(grad: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> PendingRows:
+    """The backward of `send_halo`, begun, from the halo's gradient [R, D].
+
+    `wait()` gives [len(routes.owners), D], what is to be added to the gradient of this rank's rows `routes.owners`.
+    """
+
+    def add_up(returned: Tensor) -> Tensor:
+        # A gather and a sum along one dimension, not a scatter: the order of additions is fixed.
+        padded = torch.cat([returned, returned.new_zeros(1, returned.shape[1])])
+        return padded[routes.contributions].sum(1)
+
+    sent = grad.index_select(0, routes.from_halo)
+    return _start(sent, routes.send_counts, routes.receive_counts, group, add_up)
+
+
 class _FetchHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> Tensor:
         ctx.routes, ctx.group, ctx.rows = routes, group, x.shape[0]
-        sent = x.index_select(0, routes.send_rows)
-        received = _all_to_all(sent, routes.receive_counts, routes.send_counts, group)
-        return received.index_select(0, routes.to_halo)
+        return send_halo(x, routes, group).wait()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         routes: HaloRoutes = ctx.routes
-        sent = grads[0].index_select(0, routes.from_halo)
-        returned = _all_to_all(sent, routes.send_counts, routes.receive_counts, ctx.group)
-        # A gather and a sum along one dimension, not a scatter: the order of additions is fixed.
-        padded = torch.cat([returned, returned.new_zeros(1, returned.shape[1])])
-        summed = padded[routes.contributions].sum(1)
+        summed = return_halo(grads[0], routes, ctx.group).wait()
         return summed.new_zeros(ctx.rows, summed.shape[1]).index_copy_(0, routes.owners, summed), None, None
 
 
-def _all_to_all(
-    sent: Tensor, receive_counts: Sequence[int], send_counts: Sequence[int], group: dist.ProcessGroup
-) -> Tensor:
+def _start(
+    sent: Tensor,
+    receive_counts: Sequence[int],
+    send_counts: Sequence[int],
+    group: dist.ProcessGroup,
+    finish: Callable[[Tensor], Tensor],
+) -> PendingRows:
     received = sent.new_empty(sum(receive_counts), sent.shape[1])
     assert sent.is_contiguous()
-    dist.all_to_all_single(received, sent, list(receive_counts), list(send_counts), group=group)
-    return received
+    counts = list(receive_counts), list(send_counts)
+    work = dist.all_to_all_single(received, sent, *counts, group=group, async_op=True)
+    return PendingRows(received, sent, work, finish)
 
 
 def _build_routes(layout: ThdLayout, a2a_size: int, me: int, width: int) -> HaloRoutes:
