@@ -63,18 +63,30 @@ def _run_megatron_document(rank: int, world_size: int, folder: str) -> dict[str,
     assert len(snippets) == 6
     names = execute(snippets[:3])
     gradients = {name: p.grad.clone() for name, p in names["model"].named_parameters()}
-    execute(snippets[3:], names)
-    model, first = names["model"], names["losses"][0].clone()
+    execute(snippets[3:4], names)
+    model = names["model"]
+    model.zero_grad()
+    execute(snippets[4:], names)
+    first = names["losses"][0].clone()
     dist.all_reduce(first)
+    dynamic = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for gradient in dynamic.values():
+        dist.all_reduce(gradient)
     # The pack of both ranks, by one rank alone, is the reference.
     model.zero_grad()
     tokens = torch.randint(0, 256, (64,), generator=torch.Generator().manual_seed(0))
     whole = names["loss_of"]([13, 32, 19], tokens, names["alone"])
     whole.backward()
+    alone = {name: p.grad.clone() for name, p in model.named_parameters()}
+    # Of the micro-batches one was shared and one each rank's own, here the same on both.
+    model.zero_grad()
+    (names["loss_of"]([13, 32, 19], tokens, names["alone"]) / 2).backward()
+    names["loss_of"]([20, 7, 5], tokens[:32], names["alone"]).backward()
     assert parallel_state.get_context_parallel_world_size() == 2
     return {
         "loss": float(2 * first - whole.detach()),
-        "gradients": {n: float((gradients[n] - p.grad).norm() / p.grad.norm()) for n, p in model.named_parameters()},
+        "gradients": {n: float((gradients[n] - x).norm() / x.norm()) for n, x in alone.items()},
+        "dynamic": {n: float((dynamic[n] - p.grad).norm() / p.grad.norm()) for n, p in model.named_parameters()},
         "alone": float(names["losses"][1]),
         "layer": all(bool(p.grad.isfinite().all()) for p in names["layer"].parameters()),
     }
@@ -84,6 +96,7 @@ def test_the_megatron_document_runs_and_its_gradients_are_right(run_ranks, tmp_p
     for result in run_ranks(_run_megatron_document, 2, str(tmp_path), timeout=240):
         assert abs(result["loss"]) < 1e-5
         assert max(result["gradients"].values()) < 1e-4, result["gradients"]
+        assert max(result["dynamic"].values()) < 1e-4, result["dynamic"]
         assert 2.0 < result["alone"] < 4.0  # half of about log(256)
         assert result["layer"]
 

@@ -344,6 +344,28 @@ def test_experts_in_one_tensor_are_read_as_one_by_one():
     assert all(torch.equal(back[name], tensor) for name, tensor in apart.items())
 
 
+def test_every_tensor_of_the_published_qwen3_next_has_its_place():
+    """Names and shapes of Qwen3-Next-80B-A3B, whose sizes are transformers' defaults, against transformers' own."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Qwen3NextConfig()
+    sizes = HybridModel.from_huggingface(config.to_dict())
+    assert sizes.experts is not None
+    assert (sizes.num_layers, sum(sizes.linear_attention), sizes.experts.num_experts) == (48, 36, 512)
+    with torch.device("meta"):
+        state = transformers.Qwen3NextForCausalLM(config).state_dict()
+    theirs = {name: tuple(x.shape) for name, x in state.items()}
+    ours = huggingface._huggingface_names(sizes)
+    for layer in range(48):  # transformers holds a layer's experts in two tensors and writes them one by one
+        place = f"model.layers.{layer}.mlp.experts."
+        experts, two_widths, hidden = theirs.pop(place + "gate_up_proj")
+        assert theirs.pop(place + "down_proj") == (experts, hidden, two_widths // 2)
+        for i in range(experts):
+            theirs |= {f"{place}{i}.{part}_proj.weight": (two_widths // 2, hidden) for part in ("gate", "up")}
+            theirs[f"{place}{i}.down_proj.weight"] = (hidden, two_widths // 2)
+    assert theirs == ours
+    assert sum(x.numel() for x in state.values()) == 79_674_391_296
+
+
 def test_fused_norms_and_grouped_experts_take_their_whole_tensors():
     """The names that Transformer Engine's modules give, on the second of two expert-parallel ranks."""
     from torch import nn
