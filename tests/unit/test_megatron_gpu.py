@@ -79,6 +79,41 @@ def test_a_step_does_not_wait_for_the_device():
     assert model.decoder.layers[0].self_attention.A_log.dtype == torch.float32
 
 
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_gpu")
+def test_selective_recompute_gives_the_same_bits():
+    model = build_model(head_dim=16, cpu_initialization=False).bfloat16()
+    tokens = torch.randint(0, VOCAB, (64,), device="cuda")
+    found = []
+    for recompute in (False, True):
+        for layer in model.decoder.layers[:3]:
+            layer.self_attention.recompute_mixer = recompute
+        model.zero_grad()
+        found.append([step(model, tokens), *(p.grad.clone() for p in model.parameters())])
+    assert all(torch.equal(kept, again) for kept, again in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("one_gpu")
+@torch.no_grad()
+def test_prefill_and_decode_give_the_logits_of_the_full_forward():
+    from gdn_cp.megatron import GdnInferenceContext
+    from tests.unit.test_megatron_inference import BATCH, PROMPT, TOTAL, logits_of, tokens
+
+    ids = tokens().cuda()
+    model = build_model(head_dim=16, cpu_initialization=False).eval()
+    whole = logits_of(model, ids)
+    context = GdnInferenceContext(BATCH, TOTAL, slots=4)
+    found = [logits_of(model, ids[:, :PROMPT], context)]
+    context.sequence_len_offset = PROMPT
+    logits_of(model, ids[:, PROMPT - 3 : PROMPT], context)  # drafts, none of which is accepted
+    for at in range(PROMPT, TOTAL):
+        found.append(logits_of(model, ids[:, at : at + 1], context))
+        context.sequence_len_offset += 1
+    # float32 through three tensor-core products of 2^-11 each (tf32x3) or exact, and sums in another order
+    assert relative_error(torch.cat(found, 1), whole) < 1e-4
+
+
 def _two_ranks_and_one(rank: int, world_size: int) -> dict[str, Any]:
     import torch.distributed as dist
     from megatron.core import parallel_state

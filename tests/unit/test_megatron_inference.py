@@ -24,7 +24,7 @@ def tokens() -> Tensor:
 
 def logits_of(model: Any, ids: Tensor, context: Any = None) -> Tensor:
     start = 0 if context is None else context.sequence_len_offset
-    positions = torch.arange(start, start + ids.shape[1]).expand(BATCH, -1)
+    positions = torch.arange(start, start + ids.shape[1], device=ids.device).expand(BATCH, -1)
     return model(ids, positions, None, inference_context=context, runtime_gather_output=True)
 
 
