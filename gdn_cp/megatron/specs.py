@@ -132,19 +132,24 @@ def get_hybrid_block_spec(
 
 
 def _check_pipeline(config: TransformerConfig) -> None:
-    """Refuse what mixes up messages in Megatron's interleaved schedule of two stages.
+    """Refuse interleaved schedules of Megatron's that hang.
 
-    Each stage is the one before and the one after the other. Megatron posts a batch of messages in the same order on
-    both, so that what one sends backward the other takes for what was sent forward. Shapes always travel in a batch.
+    Of two stages each is the one before and the one after the other. Megatron posts a batch of messages in the same
+    order on both, so that what one sends backward the other takes for what was sent forward; shapes always travel in a
+    batch. With more stages, shapes and batches of tensors wait for each other.
     """
-    if config.virtual_pipeline_model_parallel_size is None or config.pipeline_model_parallel_size != 2:
+    if config.virtual_pipeline_model_parallel_size is None:
         return
-    if config.variable_seq_lengths or not config.overlap_p2p_comm or config.batch_p2p_comm:
+    stages, shapes = config.pipeline_model_parallel_size, config.variable_seq_lengths
+    in_batches = config.batch_p2p_comm or not config.overlap_p2p_comm
+    if (stages == 2 and (shapes or in_batches)) or (shapes and in_batches):
+        remedy = "overlap_p2p_comm=True and batch_p2p_comm=False"
+        if shapes and stages == 2:
+            remedy += ", and variable_seq_lengths=False with packs of equal row counts; or take more stages"
         raise ValueError(
-            f"config.variable_seq_lengths={config.variable_seq_lengths}, overlap_p2p_comm={config.overlap_p2p_comm}, "
-            f"batch_p2p_comm={config.batch_p2p_comm}: Megatron's interleaved schedule mixes up the messages of two "
-            "stages; set False, True, False and give each pack the same number of rows, or use more stages or "
-            "virtual_pipeline_model_parallel_size=None"
+            f"config.variable_seq_lengths={shapes}, overlap_p2p_comm={config.overlap_p2p_comm}, "
+            f"batch_p2p_comm={config.batch_p2p_comm}: Megatron's interleaved schedule of {stages} stages would hang; "
+            f"set {remedy}"
         )
 
 

@@ -397,16 +397,33 @@ def test_layer_patterns():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{}, {"variable_seq_lengths": True, "overlap_p2p_comm": True}, {"batch_p2p_comm": True}], ids=str
+    ("stages", "overlap", "batch", "shapes", "hangs"),
+    [
+        (2, True, False, False, False),
+        (2, True, False, True, True),
+        (2, False, False, False, True),
+        (2, True, True, False, True),
+        (4, True, False, True, False),
+        (4, False, True, False, False),
+        (4, False, True, True, True),
+    ],
 )
-def test_interleaved_pipelines_of_two_stages_that_would_hang_are_refused(wrong):
+def test_interleaved_pipelines_that_would_hang_are_refused(stages, overlap, batch, shapes, hangs):
     from gdn_cp.megatron.specs import get_hybrid_block_spec
 
-    pipeline = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
-    right = {"overlap_p2p_comm": bool(wrong), "batch_p2p_comm": False}
-    with pytest.raises(ValueError, match="mixes up the messages of two stages"):
-        get_hybrid_block_spec(config_of(**pipeline, **{**right, **wrong}))
-    get_hybrid_block_spec(config_of(**pipeline, overlap_p2p_comm=True, batch_p2p_comm=False), vp_stage=0, pp_rank=0)
+    config = config_of(
+        num_layers=8,
+        pipeline_model_parallel_size=stages,
+        virtual_pipeline_model_parallel_size=2,
+        overlap_p2p_comm=overlap,
+        batch_p2p_comm=batch,
+        variable_seq_lengths=shapes,
+    )
+    if hangs:
+        with pytest.raises(ValueError, match=f"interleaved schedule of {stages} stages would hang; set overlap"):
+            get_hybrid_block_spec(config)
+    else:
+        assert len(get_hybrid_block_spec(config, vp_stage=0, pp_rank=0).layer_specs) == 8 // stages // 2
 
 
 def test_rng_tracker_of_the_cpu_forks_and_returns():
