@@ -120,6 +120,17 @@ def _load_row(x, rows, row, valid, o_d, m_d, x_row, MAPPED: tl.constexpr):
 
 
 @triton.jit
+def _load_rows(
+    x, rows, first, k, count, o_d, m_d, x_row, GROUP: tl.constexpr, MAPPED: tl.constexpr
+):  # fmt: skip
+    """Rows k .. k + GROUP - 1 of a chunk, zeros behind its end."""
+    loaded = ()
+    for u in tl.static_range(GROUP):
+        loaded = loaded + (_load_row(x, rows, first + k + u, k + u < count, o_d, m_d, x_row, MAPPED),)
+    return loaded
+
+
+@triton.jit
 def _rows_before(x, rows, first, has_past, o_d, m_d, x_row, W: tl.constexpr, MAPPED: tl.constexpr):
     """Rows first - 1, ..., first - (W - 1) in float32, zeros where the sequence starts at `first`."""
     window = ()
@@ -185,9 +196,7 @@ def conv1d_forward_kernel(
         _sequence, first, count, has_past = _chunk(chunks, i_t)
         window = _rows_before(x, rows, first, has_past, o_d, m_d, x_row, W, MAPPED)
         for k in range(0, count, GROUP):
-            x_rows = ()
-            for u in tl.static_range(GROUP):
-                x_rows = x_rows + (_load_row(x, rows, first + k + u, k + u < count, o_d, m_d, x_row, MAPPED),)
+            x_rows = _load_rows(x, rows, first, k, count, o_d, m_d, x_row, GROUP, MAPPED)
             for u in tl.static_range(GROUP):
                 newest = x_rows[u].to(tl.float32)
                 out = _convolved(newest, window, taps, b, W)
@@ -299,12 +308,11 @@ def conv1d_backward_kernel(
         after = _rows_after(chunks, i_t, num_chunks, sequence, count, C, W)
         window = _rows_before(x, rows, first, has_past, o_d, m_d, x_row, W, MAPPED)
         behind = _zeros(W - 1, BD)
+        x_rows = _load_rows(x, rows, first, 0, count, o_d, m_d, x_row, GROUP, MAPPED)
+        dy_rows = _load_rows(dy, rows, first, 0, count, column, m_d, dy_row, GROUP, False)
         for k in range(0, count, GROUP):
-            x_rows, dy_rows = (), ()
-            for u in tl.static_range(GROUP):
-                valid = k + u < count
-                x_rows = x_rows + (_load_row(x, rows, first + k + u, valid, o_d, m_d, x_row, MAPPED),)
-                dy_rows = dy_rows + (_load_row(dy, rows, first + k + u, valid, column, m_d, dy_row, False),)
+            next_x = _load_rows(x, rows, first, k + GROUP, count, o_d, m_d, x_row, GROUP, MAPPED)
+            next_dy = _load_rows(dy, rows, first, k + GROUP, count, column, m_d, dy_row, GROUP, False)
             for u in tl.static_range(GROUP):
                 newest = x_rows[u].to(tl.float32)
                 d, finished, behind = _step_back(newest, dy_rows[u], window, behind, taps, b, W, SILU)
@@ -314,6 +322,7 @@ def conv1d_backward_kernel(
                 if PARAMETERS:
                     sums = _added(sums, d, newest, window, W)
                 window = _pushed(newest, window, W - 1)
+            x_rows, dy_rows = next_x, next_dy
         walked = tl.cdiv(count, GROUP) * GROUP
         for u in tl.static_range(W - 1):
             valid = walked + u < count + after
