@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.packing_triton import copy_columns
 from gdn_cp.comm.row_maps import rank_major_rows
-from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, RowBuffer, Transport
+from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, Transport
 from gdn_cp.kernels import conv1d_triton, norm_triton
 from gdn_cp.kernels.backends import DeltaRuleCall, choose_backend, wants_kernels
 from gdn_cp.kernels.chunk_triton import piece_chunks, rule_backward, rule_forward
@@ -164,12 +165,48 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Each stage lets go of what no later one reads; at the rule, which needs most, little else is left."""
     call: FusedCall = ctx.call
+    columns, in_place = call.transport.columns, isinstance(call.transport, LocalTransport)
     x, gates, z, o, *rest = ctx.saved_tensors
     parameters, of_rule = MixerParameters(*rest[:5]), rest[5:]
-    columns, dim = call.transport.columns, call.heads.head_v_dim
+    del rest
+    ctx.maybe_clear_saved_tensors()  # from here on only these names hold them, unless the graph is kept
+    d_projected = z.new_empty(len(z), columns.width) if in_place else None
+    dz = z.new_empty(z.shape) if d_projected is None else d_projected.narrow(1, columns.conv, columns.v)
+    d_o, d_norm = _norm_backward(call, d_out, o, z, parameters, dz)
+    del o, z
 
-    d_projected = torch.empty(len(z), columns.width, dtype=z.dtype, device=z.device)
+    # q, k, v computed anew may lie where their gradients will: the convolution's backward no longer reads them.
+    scratch = None
+    if d_projected is not None and columns.width % 8 == 0:
+        scratch = d_projected.narrow(1, 0, columns.conv)
+    gradients, dA_log, d_dt_bias = _rule_backward(ctx, x, gates, d_o, parameters, of_rule, scratch)
+    del d_o, gates, of_rule, scratch
+
+    buffer = call.transport.in_grad_buffer(dz if d_projected is None else d_projected)
+    wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    d_weight, d_bias = convolve_rows_backward(
+        x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
+        buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
+    )  # fmt: skip
+    del x, gradients
+    if d_projected is None:
+        d_projected = dz.new_empty(len(dz), columns.width)
+        copy_columns(dz, d_projected.narrow(1, columns.conv, columns.v))
+    del dz
+    call.transport.return_in_grad(buffer, d_projected)
+    if not wanted:
+        return d_projected, None, None, dA_log, d_dt_bias, d_norm
+    d_bias = None if parameters.conv1d_bias is None else d_bias
+    return d_projected, d_weight.view(parameters.conv1d_weight.shape), d_bias, dA_log, d_dt_bias, d_norm
+
+
+def _norm_backward(
+    call: FusedCall, d_out: Tensor, o: Tensor, z: Tensor, parameters: MixerParameters, dz: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fill dz; return the gradient of the rule's output, back with the ranks of its heads, and of the norm's weight."""
+    dim = call.heads.head_v_dim
     d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
     d_o = call.transport.out_grad_buffer(d_out)
     d_norm = gate_heads_backward(
@@ -179,12 +216,19 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         parameters.out_norm_weight,
         call.eps,
         dx=d_o.unflatten(2, (-1, dim)),
-        dz=d_projected.narrow(1, columns.conv, columns.v).unflatten(1, (-1, dim)),
+        dz=dz.unflatten(1, (-1, dim)),
         padding=call.padding,
     )
-    d_o = call.transport.send_out_grad(d_o)
+    return call.transport.send_out_grad(d_o), d_norm
 
-    qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates))
+
+def _rule_backward(
+    ctx: Any, x: Tensor, gates: Tensor, d_o: Tensor, parameters: MixerParameters, of_rule: list[Tensor],
+    scratch: Tensor | None,
+) -> tuple[SectionGradients, Tensor, Tensor]:  # fmt: skip
+    """The convolution anew, into `scratch` if given, and the rule's gradients (of A_log and dt_bias of all heads)."""
+    call: FusedCall = ctx.call
+    qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates), y=scratch)
     q, k, v, alpha, beta = call.by_heads(qkv, gates)
     dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
         d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule,
@@ -192,32 +236,10 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens, state_v_first=False, need_dh0=False,
         piece_chunks=ctx.piece_chunks, **_RULE,
     )  # fmt: skip
-    del qkv, q, k, v, d_o
     if call.shares > 1:
         dA_log, d_dt_bias = embed_heads(dA_log, d_dt_bias, call.shares, call.share)
-
-    gradients = SectionGradients(*(gradient[0].flatten(1) for gradient in (dq, dk, dv, d_beta, d_alpha)))
-    del dq, dk, dv
-    d_weight, d_bias = _convolution_gradients(ctx, x, gradients, parameters, d_projected)
-    return d_projected, d_weight, d_bias, dA_log, d_dt_bias, d_norm
-
-
-def _convolution_gradients(
-    ctx: Any, x: Tensor, gradients: SectionGradients, parameters: MixerParameters, d_projected: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Fill the rest of d_projected; gradients of the convolution's weight and bias."""
-    call: FusedCall = ctx.call
-    wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    buffer: RowBuffer = call.transport.in_grad_buffer(d_projected)
-    d_weight, d_bias = convolve_rows_backward(
-        x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
-        buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
-    )  # fmt: skip
-    del gradients
-    call.transport.return_in_grad(buffer, d_projected)
-    if not wanted:
-        return None, None
-    return d_weight.view(parameters.conv1d_weight.shape), None if parameters.conv1d_bias is None else d_bias
+    gradients = (gradient[0].flatten(1) for gradient in (dq, dk, dv, d_beta, d_alpha))
+    return SectionGradients(*gradients), dA_log, d_dt_bias
 
 
 def fused_mixer(projected: Tensor, parameters: MixerParameters, call: FusedCall) -> Tensor:

@@ -4,6 +4,7 @@
     unpack_projection    shares from rank p, block p  ->  gradient of the projection
     scatter_rows         natural rows                 ->  rows where a map says
     gather_rows          rows where a map says        ->  natural rows
+    copy_columns         rows of a tensor             ->  a section of a wider one
 
 Columns are cut into tiles that lie in one section (q, k, v or z) of one share, so that every access is a run of
 consecutive bytes; beta and alpha, 1/128 of a row, have a tile of their own for all ranks. The kernels are launched on
@@ -119,10 +120,10 @@ def columns_kernel(
 
 @triton.jit(do_not_specialize=["num_rows"])
 def map_rows_kernel(
-    source, target, rows, num_rows,
-    D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SCATTER: tl.constexpr,
+    source, target, rows, num_rows, source_row, target_row,
+    D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SCATTER: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
-    """One program: BR natural rows and BC columns. SCATTER: target[rows[i]] = source[i], else the reverse.
+    """One program: BR rows, BC columns. SCATTER: target[rows[i]] = source[i]; else target[i] = source[rows[i]].
 
     Padded rows (r = -1 - rows[i]) become zeros either way: for rows (0, -3, 1), row 1 is padding and stands at 2.
     """
@@ -130,15 +131,18 @@ def map_rows_kernel(
     natural = (tl.program_id(0) // n_c) * BR + tl.arange(0, BR)
     column = (tl.program_id(0) % n_c) * BC + tl.arange(0, BC)
     m_row = natural < num_rows
-    place = tl.load(rows + natural, mask=m_row, other=0)
-    real = place >= 0
-    place = tl.where(real, place, -1 - place).to(tl.int64)
-    natural = natural.to(tl.int64)
-    mask = m_row[:, None] & (column < D)[None, :]
+    place, real = natural, m_row
+    if MAPPED:
+        entry = tl.load(rows + natural, mask=m_row, other=0)
+        real = entry >= 0
+        place = tl.where(real, entry, -1 - entry)
     if SCATTER:
-        _move(source + natural[:, None] * D + column, target + place[:, None] * D + column, mask, real[:, None])
+        begin, end = natural, place
     else:
-        _move(source + place[:, None] * D + column, target + natural[:, None] * D + column, mask, real[:, None])
+        begin, end = place, natural
+    mask = m_row[:, None] & (column < D)[None, :]
+    from_source = source + begin.to(tl.int64)[:, None] * source_row + column[None, :]
+    _move(from_source, target + end.to(tl.int64)[:, None] * target_row + column[None, :], mask, real[:, None])
 
 
 def pack_projection(projected: Tensor, columns: MixerColumns, z: Tensor | None) -> Tensor:
@@ -154,13 +158,18 @@ def unpack_projection(shares: Tensor, columns: MixerColumns, d_projected: Tensor
 
 
 def scatter_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """y [R, D] with y[rows[i]] = x[i]; x [R, D] contiguous, rows int32 [R] as in `RowBuffer.rows`."""
-    return _map_rows(x, rows, scatter=True)
+    """y [R, D] with y[rows[i]] = x[i]; x [R, D] with last stride 1, rows int32 [R] as in `RowBuffer.rows`."""
+    return _map_rows(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), rows, scatter=True)
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """y [R, D] with y[i] = x[rows[i]]; x [R, D] contiguous, rows int32 [R] as in `RowBuffer.rows`."""
-    return _map_rows(x, rows, scatter=False)
+    """y [R, D] with y[i] = x[rows[i]]; x [R, D] with last stride 1, rows int32 [R] as in `RowBuffer.rows`."""
+    return _map_rows(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), rows, scatter=False)
+
+
+def copy_columns(x: Tensor, y: Tensor) -> None:
+    """y = x, both [R, D] with last stride 1."""
+    _map_rows(x, y, None, scatter=False)
 
 
 def _tile(width: int) -> tuple[int, int]:
@@ -194,16 +203,15 @@ def _run_columns(
     )  # fmt: skip
 
 
-def _map_rows(x: Tensor, rows: Tensor, *, scatter: bool) -> Tensor:
-    assert x.is_contiguous()
-    assert rows.dtype == torch.int32
-    y = torch.empty_like(x)
+def _map_rows(x: Tensor, y: Tensor, rows: Tensor | None, *, scatter: bool) -> Tensor:
+    assert x.stride(1) == y.stride(1) == 1
     R, D = x.shape
     if y.numel():
         BR, BC = _tile(D)
         map_rows_kernel[(triton.cdiv(R, BR) * triton.cdiv(D, BC),)](
-            x, y, rows, R, D=D, BR=BR, BC=BC, SCATTER=scatter, num_warps=NUM_WARPS
-        )
+            x, y, rows, R, x.stride(0), y.stride(0), D=D, BR=BR, BC=BC, SCATTER=scatter, MAPPED=rows is not None,
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
     return y
 
 
@@ -215,7 +223,8 @@ def compile_cases() -> list[CompileCase]:
     tensors = {"wide": "*bf16", "shares": "*bf16", "t": "i32", "wide_row": "i32"}
     pack = sizes | {"UNPACK": False, "KEEP_Z": True, "HAS_PADDING": False, "padding": None}
     unpack = sizes | {"UNPACK": True, "KEEP_Z": False, "HAS_PADDING": True, "z": None}
-    rows = {"source": "*bf16", "target": "*bf16", "rows": "*i32", "num_rows": "i32"}
+    strides = ("source_row", "target_row")
+    rows = {"source": "*bf16", "target": "*bf16", "rows": "*i32", "num_rows": "i32", **dict.fromkeys(strides, "i32")}
     BR, BC = _tile(1024)
     return [
         CompileCase(
@@ -227,7 +236,7 @@ def compile_cases() -> list[CompileCase]:
         *(
             CompileCase(
                 f"packing.{'scatter' if scatter else 'gather'}", map_rows_kernel, rows,
-                {"D": 1024, "BR": BR, "BC": BC, "SCATTER": scatter}, NUM_WARPS,
+                {"D": 1024, "BR": BR, "BC": BC, "SCATTER": scatter, "MAPPED": True}, NUM_WARPS, divisible=strides,
             )
             for scatter in (True, False)
         ),

@@ -227,11 +227,11 @@ class PeerTransport:
         self.arena.settle()
         return slot.view(self.rows.shape[0], route.far_row, buffer.dtype)
 
-    def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
+    def in_grad_buffer(self, like: Tensor) -> RowBuffer:
         """See `Transport`: a slot, out of which the peers will read. No move may come before `return_in_grad`."""
         c = self.columns
-        slot = self._acquire(d_projected.dtype)
-        return RowBuffer(slot.view(self.rows.shape[0], c.share_width, d_projected.dtype), None, c.share_conv)
+        slot = self._acquire(like.dtype)
+        return RowBuffer(slot.view(self.rows.shape[0], c.share_width, like.dtype), None, c.share_conv)
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
         """See `Transport`: a pull, which needs no memory beside `d_projected`."""

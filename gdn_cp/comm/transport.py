@@ -148,9 +148,9 @@ class Transport(Protocol):
         good until the next move."""
         ...
 
-    def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
+    def in_grad_buffer(self, like: Tensor) -> RowBuffer:
         """Memory for the gradient of what `send_in` gave; the convolution's backward fills columns q|k|v, beta and
-        alpha of every row. `d_projected` [t, width] is where the gradient will be wanted in the end."""
+        alpha of every row. `like` has t rows, the gradient's dtype and device (`LocalTransport` takes d_projected)."""
         ...
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
@@ -187,9 +187,9 @@ class LocalTransport:
         """See `Transport`."""
         return buffer[0]
 
-    def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
-        """See `Transport`."""
-        return RowBuffer(d_projected, self.rows, self.columns.gates)
+    def in_grad_buffer(self, like: Tensor) -> RowBuffer:
+        """See `Transport`: d_projected itself, which is to be given."""
+        return RowBuffer(like, self.rows, self.columns.gates)
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
         """See `Transport`. The convolution has written it in place."""
@@ -242,10 +242,10 @@ class CollectiveTransport:
         received = _all_to_all(buffer.flatten(0, 1), self.group)
         return received if self.rows is None else gather_rows(received, self.rows)
 
-    def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
+    def in_grad_buffer(self, like: Tensor) -> RowBuffer:
         """See `Transport`."""
-        shape = (self.columns.ranks * d_projected.shape[0], self.columns.share_width)
-        data = torch.empty(shape, dtype=d_projected.dtype, device=d_projected.device)
+        shape = (self.columns.ranks * like.shape[0], self.columns.share_width)
+        data = torch.empty(shape, dtype=like.dtype, device=like.device)
         return RowBuffer(data, self.rows, self.columns.share_conv)
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:

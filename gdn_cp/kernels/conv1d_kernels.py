@@ -169,7 +169,7 @@ def _copy_gates(
 
 @triton.jit(do_not_specialize=["num_chunks", "chunks_per_program", "share", "gate_column"])
 def conv1d_forward_kernel(
-    x, rows, weight, bias, y, kept, gates, chunks, num_chunks, chunks_per_program, x_row, share, gate_column,
+    x, rows, weight, bias, y, kept, gates, chunks, num_chunks, chunks_per_program, x_row, y_row, share, gate_column,
     QK: tl.constexpr, V: tl.constexpr, SHARES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, GATES: tl.constexpr, BG: tl.constexpr,
     HAS_BIAS: tl.constexpr, SILU: tl.constexpr, MAPPED: tl.constexpr, KEEP: tl.constexpr,
@@ -177,8 +177,8 @@ def conv1d_forward_kernel(
     """One program: BD channels of `chunks_per_program` consecutive chunks, or with GATES the columns behind them.
 
     For W = 4 and a chunk of rows 64..127 of a sequence it loads rows 63, 62, 61, then walks: row 64 with them, row 65
-    with 64, 63, 62, and so on, GROUP rows between two rounds of loads. y [T, D] and gates [T, GATES] are in the order
-    of the batch, and so is kept [T, D], what was read of x (KEEP).
+    with 64, 63, 62, and so on, GROUP rows between two rounds of loads. y and gates [T, GATES] are in the order of the
+    batch, and so is kept [T, D], what was read of x (KEEP).
     """
     D: tl.constexpr = 2 * QK + V
     n_d: tl.constexpr = 2 * ((QK + BD - 1) // BD) + (V + BD - 1) // BD
@@ -203,10 +203,10 @@ def conv1d_forward_kernel(
                 if SILU:
                     out *= sigmoid(out)
                 m_row = m_d & (k + u < count)
-                offset = (first + k + u).to(tl.int64) * D + o_d
-                tl.store(y + offset, out.to(y.dtype.element_ty), mask=m_row)
+                row = (first + k + u).to(tl.int64)
+                tl.store(y + row * y_row + o_d, out.to(y.dtype.element_ty), mask=m_row)
                 if KEEP:
-                    tl.store(kept + offset, x_rows[u], mask=m_row)
+                    tl.store(kept + row * D + o_d, x_rows[u], mask=m_row)
                 window = _pushed(newest, window, W - 1)
 
 

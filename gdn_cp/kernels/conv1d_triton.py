@@ -113,6 +113,7 @@ def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread
 def convolve_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, channels: Channels, num_rows: int,
     *, silu: bool = True, rows: Tensor | None = None, gates: GateColumns | None = None, keep: bool = False,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The convolution of rows that stand anywhere, and a copy of the columns behind them, in one launch.
 
@@ -125,16 +126,17 @@ def convolve_rows(
         rows: int32 [T], the row of x at which row i of the batch stands, -1 - r if it is padding (zeros) at r; or None.
         gates: columns to copy.
         keep: also copy what was read of x.
+        y: [T, D] with last stride 1, to be written; None: a new one.
 
     Returns:
-        y [T, D], the gates' columns [T, count] or None, and x [T, D] or None; in x's dtype and the batch's order.
+        y, the gates' columns [T, count] or None, and x [T, D] or None; in x's dtype and the batch's order.
     """
     D = channels.count
 
     def empty(width: int) -> Tensor:
         return torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
 
-    y = empty(D)
+    y = empty(D) if y is None else y
     copied, kept = None if gates is None else empty(gates.count), empty(D) if keep else None
     if y.numel():
         tables = chunk_tables(1, num_rows, cu_seqlens, x.device)
@@ -142,7 +144,7 @@ def convolve_rows(
         joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
         conv1d_forward_kernel[(triton.cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),)](
             x, rows, weight.contiguous(), dense(bias), y, kept, copied, tables.chunks, tables.num_chunks, joined,
-            x.stride(0), channels.share, 0 if gates is None else gates.first,
+            x.stride(0), y.stride(0), channels.share, 0 if gates is None else gates.first,
             **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
         )  # fmt: skip
     return y, copied, kept
@@ -284,7 +286,7 @@ def _cases_of(
     are mapped and gates copied; where x was kept, only the gradient's rows are mapped."""
     from gdn_cp.kernels.compile_report import CompileCase
 
-    strides = ("x_row", "dx_row", "dq_row", "dk_row", "dv_row")
+    strides = ("x_row", "y_row", "dx_row", "dq_row", "dk_row", "dv_row")
     types = dict.fromkeys(("weight", "bias"), weight) | dict.fromkeys(("rows", "dx_rows", "chunks"), "*i32")
     numbers = ("num_chunks", "chunks_per_program", "share", "gate_column", *strides)
     types |= {"partial": "*fp32"} | dict.fromkeys(numbers, "i32")

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdn_cp import GatedDeltaNet, GdnDims, ThdLayout, gated_delta_net, gated_delta_net_mixer
-from gdn_cp.kernels.configs import PIECES_VARIABLE
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 
 ERROR = 8 * 2**-9 + 6e-3
 DIMS = GdnDims(4, 8, 128, 128, 4)

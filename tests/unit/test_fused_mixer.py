@@ -20,6 +20,7 @@ pytest.importorskip("triton")
 from gdn_cp import GatedDeltaNet, GdnDims, ThdLayout, gated_delta_net_mixer
 from gdn_cp.comm.transport import HeadBuffer, LocalTransport, MixerColumns, RowBuffer
 from gdn_cp.fused_mixer import MixerParameters, fused_call, fused_mixer, refusal
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 
 ROUNDING = 3e-5
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -159,9 +160,9 @@ class ReusedMemory:
     def send_out_grad(self, buffer: Tensor) -> Tensor:
         return self._lend(buffer[0])
 
-    def in_grad_buffer(self, d_projected: Tensor) -> RowBuffer:
+    def in_grad_buffer(self, like: Tensor) -> RowBuffer:
         c = self.columns
-        return RowBuffer(self._lend(d_projected[:, : c.conv + 2 * c.heads]), None, c.conv)
+        return RowBuffer(self._lend(like.new_empty(len(like), c.conv + 2 * c.heads)), None, c.conv)
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
         c, moved = self.columns, self._clean(buffer.data)
@@ -175,6 +176,12 @@ def test_what_the_backward_needs_is_copied_out_of_transient_buffers():
     got = results(fused, module, x, dy, layout, None, transport=transport)
     expected = results(fused, module, x, dy, layout, None)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_sequences_cut_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv(PIECES_VARIABLE, "1")
+    found = compare(ThdLayout.zigzag([0, 130], 1, device=DEVICE), GdnDims(1, 1, 16, 16, 2), None)
+    assert all(error < ROUNDING for error in found.values()), found
 
 
 def test_padded_rows_are_zero_and_nothing_is_kept_without_a_gradient():
