@@ -7,7 +7,10 @@ which every parameter's gradient is compared, and the first steps of the proxy, 
 from __future__ import annotations
 
 import gc
+import math
+import re
 import sysconfig
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdn_cp.training.config import DataConfig, ModelConfig, ParallelConfig, TrainConfig
@@ -54,9 +58,13 @@ PROXY = replace(
 )
 # float32 through three tensor-core products of 2^-11 each or exactly, and sums in another order.
 EXACT = 1e-4
-# bfloat16 has 8 bits. How far that many roundings carry a gradient is measured: on one GPU, against float32. A division
-# rounds partial sums of its own in other places, about as many; three times their error is far off for noise.
-ROUNDING, NOISE = 2.0**-8, 3.0
+# bfloat16 has 8 bits, and how far its roundings carry a gradient is measured: on one GPU, against float32. A division
+# rounds partial sums in other places, about as many of them, so its errors are other draws of the same size. One draw
+# says little where terms cancel: errors of dt_bias, sums over all tokens of either sign, spread from 0.2 to 4.5 % over
+# seeds on a CPU, on one rank as on two. So errors are taken together, over seeds and layers: the root of their mean
+# square is good to a fifth from a dozen draws, and twice the other is no chance.
+SEEDS, NOISE = (1234, 1, 2, 3), 2.0
+ROUNDING = 2.0**-8  # of the loss itself, where nothing but the last rounding may be left
 
 
 class _Gradients:
@@ -75,46 +83,74 @@ class _Gradients:
         return nullcontext() if last else self.module.no_sync()
 
 
-def whole_gradients(config: TrainConfig, device: torch.device) -> dict[str, Tensor]:
-    """The gradients, put together from all ranks, of one step over real text, and the loss, on the CPU."""
+def whole_gradients(config: TrainConfig, ranks: Any) -> dict[str, Tensor]:
+    """The gradients, put together from all ranks, of one step over real text, and the loss, on the CPU.
+
+    "spread": how far another rank's are from rank 0's, relative to the norm; rank 0 alone gives the tensors.
+    """
     from megatron.core.distributed import finalize_model_grads
 
     from gdn_cp.training.data import Corpus, PackStream
     from gdn_cp.training.model import build_model
-    from gdn_cp.training.parallel import model_parallel
     from gdn_cp.training.step import accumulate_gradients
     from gdn_cp.training.tokenizer import ByteTokenizer
     from gdn_cp.training.weights import gather_whole
 
-    with model_parallel(config.parallel, device, timeout_minutes=2) as ranks:
-        corpus = Corpus.build(real_text(), ByteTokenizer())
-        stream = PackStream(corpus, config.data.token_budget, config.data.pad_multiple, seed=5)
-        module, transformer = build_model(config, ranks)
-        engine: Any = _Gradients(module, transformer)
-        loss, _ = accumulate_gradients(engine, stream, stream.next_step(config.data.packs_per_step), ranks)
-        finalize_model_grads([engine.module])
-        gradients = {name: p.main_grad for name, p in module.named_parameters()}
-        whole = gather_whole(gradients, module, config.model, ranks.tp_group)
-        return {"loss": loss.cpu(), **{name: gradient.float().cpu() for name, gradient in whole.items()}}
+    corpus = Corpus.build(real_text(), ByteTokenizer())
+    stream = PackStream(corpus, config.data.token_budget, config.data.pad_multiple, seed=config.run.seed)
+    module, transformer = build_model(config, ranks)
+    engine: Any = _Gradients(module, transformer)
+    loss, _ = accumulate_gradients(engine, stream, stream.next_step(config.data.packs_per_step), ranks)
+    finalize_model_grads([engine.module])
+    gradients = {name: p.main_grad for name, p in module.named_parameters()}
+    whole = {"loss": loss, **gather_whole(gradients, module, config.model, ranks.tp_group)}
+    spread = 0.0
+    for tensor in whole.values():
+        first = tensor.clone()
+        dist.broadcast(first, src=0)
+        spread = max(spread, relative_error(tensor, first))
+    kept = {name: tensor.float().cpu() for name, tensor in whole.items()} if ranks.rank == 0 else {}
+    return {**kept, "spread": torch.tensor(spread)}
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    return float((value - expected).norm() / expected.norm())
+
+
+def small_gradients(small: TrainConfig, world_size: int) -> dict[str, Any]:
+    """The small model's gradients: by seed in bfloat16; in float32 of the first seed, alone of all that is compared."""
+    from gdn_cp.training.parallel import choose_device, model_parallel
+
+    wanted = [("bf16", seed) for seed in SEEDS] + [("fp32", seed) for seed in SEEDS[: None if world_size == 1 else 1]]
+    results = {}
+    with model_parallel(small.parallel, choose_device(small.run.device), timeout_minutes=2) as ranks:
+        for precision, seed in wanted:
+            run: Any = replace(small.run, precision=precision, seed=seed)
+            results[precision, seed] = whole_gradients(replace(small, run=run), ranks)
+    return results
 
 
 def train_all(
     rank: int, world_size: int, small: TrainConfig, proxy: TrainConfig, divisions: dict[str, ParallelConfig], out: str
 ) -> dict[str, Any]:
     """Of each division the small model's gradients in both precisions and the proxy's losses by step."""
-    from gdn_cp.training import loop
+    from gdn_cp.training import loop, weights
     from gdn_cp.training.metrics import METRICS_FILE, read_steps
-    from gdn_cp.training.parallel import choose_device
 
     no_file: Any = lambda *_, **__: None  # noqa: E731  (weights of 0.8 GB and a plot for each run)
     loop.export_weights = loop.plot_run = no_file
+    draw, drawn = weights._draw, {}
+
+    def draw_once(name: str, shape: list[int], model: ModelConfig, seed: int) -> Tensor | None:
+        """The proxy's 0.4 billion weights are the same in every division."""
+        if (name, tuple(shape), seed) not in drawn:
+            drawn[name, tuple(shape), seed] = draw(name, shape, model, seed)
+        return drawn[name, tuple(shape), seed]
+
+    weights._draw = draw_once
     results: dict[str, Any] = {}
     for name, parallel in divisions.items():
-        precisions: dict[str, Any] = {"fp32": small.run, "bf16": small.run}
-        result = {}
-        for precision, run in precisions.items():
-            chosen = replace(small, parallel=parallel, run=replace(run, precision=precision))
-            result[precision] = whole_gradients(chosen, choose_device(run.device))
+        result: dict[Any, Any] = small_gradients(replace(small, parallel=parallel), world_size)
         folder = Path(out) / name
         loop.train(replace(proxy, parallel=parallel, run=replace(proxy.run, out=folder)))
         result["losses"] = {step["step"]: step["loss"] for step in read_steps(folder / METRICS_FILE)}
@@ -142,8 +178,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], l
     return train_everywhere(SMALL, PROXY, tmp_path_factory.mktemp("runs"), "nccl")
 
 
-def relative_error(value: Tensor, expected: Tensor) -> float:
-    return float((value - expected).norm() / expected.norm())
+def kinds(names: Iterable[str]) -> dict[str, list[str]]:
+    """Parameters that differ in their layer alone, together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"layers\.\d+", "layers.*", name), []).append(name)
+    return found
 
 
 @pytest.mark.multi_gpu(4)
@@ -151,25 +191,36 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 def test_float32_gradients_are_those_of_one_gpu(trained, division):
     one, four = trained
     for rank, results in enumerate(four):
-        found = results[division]["fp32"]
-        assert found.keys() == one["fp32"].keys()
-        errors = {name: relative_error(found[name], expected) for name, expected in one["fp32"].items()}
-        print(f"rank {rank}: at most {max(errors.values()):.1e} ({max(errors, key=errors.__getitem__)})")
-        assert all(error < EXACT for error in errors.values()), errors
+        for key in (("fp32", SEEDS[0]), *(("bf16", seed) for seed in SEEDS)):
+            assert results[division][key]["spread"] < EXACT, f"rank {rank}, {key}"
+    expected, found = one["fp32", SEEDS[0]], four[0][division]["fp32", SEEDS[0]]
+    assert found.keys() == expected.keys()
+    errors = {name: relative_error(x, expected[name]) for name, x in found.items() if name != "spread"}
+    print(f"at most {max(errors.values()):.1e} ({max(errors, key=errors.__getitem__)})")
+    assert all(error < EXACT for error in errors.values()), errors
 
 
 @pytest.mark.multi_gpu(4)
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_bfloat16_gradients_err_as_on_one_gpu(trained, division):
     one, four = trained
-    worst = {}
-    for rank, results in enumerate(four):
-        for name, exact in one["fp32"].items():
-            alone, cut = (relative_error(found["bf16"][name], exact) for found in (one, results[division]))
-            worst[name] = f"{name} {cut:.4f}, on one GPU {alone:.4f}"
-            assert alone < 0.25, f"{name}: {alone} on one GPU is no yardstick"
-            assert cut <= NOISE * alone + ROUNDING, f"rank {rank}, {name}: {cut}, on one GPU {alone}"
-    print(*sorted(worst.values(), key=lambda line: line.split()[1], reverse=True)[:5], sep="\n")
+    cut = four[0][division]
+
+    def error(found: dict[Any, Any], names: list[str]) -> float:
+        """Root of the mean square of the relative errors over seeds and layers."""
+        errors = [
+            relative_error(found["bf16", seed][name], one["fp32", seed][name]) for seed in SEEDS for name in names
+        ]
+        return math.sqrt(sum(error**2 for error in errors) / len(errors))
+
+    names = [name for name in one["fp32", SEEDS[0]] if name not in ("loss", "spread")]
+    lines = {kind: (error(cut, same), error(one, same)) for kind, same in kinds(names).items()}
+    for kind, (divided, alone) in sorted(lines.items(), key=lambda item: item[1], reverse=True)[:6]:
+        print(f"{kind}: {divided:.4f}, on one GPU {alone:.4f}")
+    for kind, (divided, alone) in lines.items():
+        assert alone < 0.25, f"{kind}: {alone} on one GPU is no yardstick"
+        assert divided <= NOISE * alone, f"{kind}: {divided}, on one GPU {alone}"
+    assert error(cut, ["loss"]) < ROUNDING
 
 
 @pytest.mark.multi_gpu(4)
