@@ -172,9 +172,17 @@ def copy_columns(x: Tensor, y: Tensor) -> None:
     _map_rows(x, y, None, scatter=False)
 
 
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)  # Triton's own, made for kernels too, takes microseconds
+
+
+def _power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def _tile(width: int) -> tuple[int, int]:
     """(rows, columns) of a tile for sections of at least `width` columns."""
-    columns = min(MAX_COLUMNS, triton.next_power_of_2(width))
+    columns = min(MAX_COLUMNS, _power_of_2(width))
     return TILE // columns, columns
 
 
@@ -184,7 +192,7 @@ def _constants(columns: MixerColumns) -> dict[str, int]:
     BR, BC = _tile(min(columns.qk, columns.v) // P)
     return {
         "P": P, "QK": columns.qk // P, "V": columns.v // P, "HEADS": columns.heads // P, "SHARE": columns.share_width,
-        "BR": BR, "BC": BC, "BG": triton.next_power_of_2(2 * columns.heads),
+        "BR": BR, "BC": BC, "BG": _power_of_2(2 * columns.heads),
     }  # fmt: skip
 
 
@@ -195,9 +203,9 @@ def _run_columns(
     assert wide.stride(1) == 1
     if not t:
         return
-    n_qk, n_v = triton.cdiv(sizes["QK"], sizes["BC"]), triton.cdiv(sizes["V"], sizes["BC"])
+    n_qk, n_v = _cdiv(sizes["QK"], sizes["BC"]), _cdiv(sizes["V"], sizes["BC"])
     tiles = columns.ranks * (2 * n_qk + n_v * (1 if z is None else 2)) + 1
-    columns_kernel[(triton.cdiv(t, sizes["BR"]) * tiles,)](
+    columns_kernel[(_cdiv(t, sizes["BR"]) * tiles,)](
         wide, shares, z, None if padding is None else padding.view(torch.uint8), t, wide.stride(0),
         **sizes, UNPACK=unpack, KEEP_Z=z is not None, HAS_PADDING=padding is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -208,7 +216,7 @@ def _map_rows(x: Tensor, y: Tensor, rows: Tensor | None, *, scatter: bool) -> Te
     R, D = x.shape
     if y.numel():
         BR, BC = _tile(D)
-        map_rows_kernel[(triton.cdiv(R, BR) * triton.cdiv(D, BC),)](
+        map_rows_kernel[(_cdiv(R, BR) * _cdiv(D, BC),)](
             x, y, rows, R, x.stride(0), y.stride(0), D=D, BR=BR, BC=BC, SCATTER=scatter, MAPPED=rows is not None,
             num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -29,7 +28,15 @@ from gdn_cp.kernels.chunk_bwd_local import (
 )
 from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
-from gdn_cp.kernels.configs import bulk_copy_fits, capability, dot_precision, launches, multiprocessors
+from gdn_cp.kernels.configs import (
+    bulk_copy_fits,
+    capability,
+    cdiv,
+    dot_precision,
+    launches,
+    multiprocessors,
+    power_of_2,
+)
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 # Buffers of one slice: small beside the activations of the batches that are cut, large enough to fill the card.
-SLICE_BYTES = 512 * 2**20
+SLICE_BYTES = 384 * 2**20
 
 
 class BackwardLaunch(NamedTuple):
@@ -73,7 +80,7 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     """
     if dtype == torch.float32:
         return BackwardLaunch((16, 8, 1), (16, 8, 1), (16, 8, 1), (16, 8, 1))
-    block_v = max(16, min(64, int(triton.next_power_of_2(V))))
+    block_v = max(16, min(64, int(power_of_2(V))))
     half = min(32, block_v)
     # 8 warps only where products have 128 rows: one of 64 rows is laid out for 128 then, and written past its end.
     warps = 8 if K > 64 else 4
@@ -82,7 +89,7 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     if K > 128:
         return BackwardLaunch((16, 4, 2), (16, 4, 2), (half, 8, 2), (half, 8, 2))
     columns = block_v
-    while columns > 16 and walks * 2 * triton.cdiv(V, columns // 2) <= multiprocessors(device):
+    while columns > 16 and walks * 2 * cdiv(V, columns // 2) <= multiprocessors(device):
         columns //= 2
     if K <= 64:
         return BackwardLaunch((columns, 4, 3), (half, 4, 3), (half, 4, 3), (half, 4, 3), True)
@@ -219,7 +226,7 @@ class Slices:
         self.config = backward_config(q.device, q.dtype, self.K, self.V, tables.num_pieces * self.HV)
         self.tma = self.config.tma and bulk_copy_fits(q, k, v, do)
         self.constants = {
-            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": max(16, triton.next_power_of_2(self.K)),
+            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": max(16, power_of_2(self.K)),
             "C": CHUNK, "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
         }  # fmt: skip
         self.products: tuple[Tensor, Tensor | None] | None = None
@@ -271,7 +278,7 @@ class Slices:
         X, Yt = self._products(c0, c1)
         bv, options = _options(self.config.chains)
         directions = 2 if summaries is None else 1
-        chains_kernel[(directions * tables.num_pieces * self.HV * triton.cdiv(self.V, bv),)](
+        chains_kernel[(directions * tables.num_pieces * self.HV * cdiv(self.V, bv),)](
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
             self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index), *results,
             summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,

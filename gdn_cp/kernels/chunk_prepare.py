@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.configs import Launch, launches, options, prepare_config
+from gdn_cp.kernels.configs import Launch, launches, options, power_of_2, prepare_config
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ def prepare(
             *((0, 0) if beta is None else (beta.stride(1), beta.stride(2))),
             **options(
             launch.solve_warps, 1, launch.solve_registers, H=H, HV=HV, K=K,
-            BK=min(triton.next_power_of_2(K), launch.solve_block), EPS=NORM_EPS,
+            BK=min(power_of_2(K), launch.solve_block), EPS=NORM_EPS,
             HAS_G=g is not None, HAS_BETA=beta is not None, GATE=use_gate_in_kernel, HAS_BIAS=dt_bias is not None,
             SIGMOID=use_beta_sigmoid_in_kernel, NORM=use_qk_l2norm_in_kernel, PRECISION=launch.solve_precision,
             DOT=launch.precision),
@@ -423,7 +423,7 @@ def _products(
             q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             **options(
-            launch.products_warps, launch.products_stages, H=H, HV=HV, K=K, BK=triton.next_power_of_2(K),
+            launch.products_warps, launch.products_stages, H=H, HV=HV, K=K, BK=power_of_2(K),
             EPS=NORM_EPS, NORM=prepared.rk is not None,
             STORE_RQ=store_rq, WITH_Y=with_y, DOT=launch.precision),
         )  # fmt: skip

@@ -63,6 +63,16 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up, on the host; Triton's own, made for kernels too, takes microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is not less than n >= 1, on the host."""
+    return 1 << (n - 1).bit_length()
+
+
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 elsewhere, where only Triton's interpreter can run."""

@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from gdn_cp.kernels.configs import launches, multiprocessors
+from gdn_cp.kernels.configs import cdiv, launches, multiprocessors, power_of_2
 from gdn_cp.kernels.conv1d_kernels import conv1d_backward_kernel, conv1d_forward_kernel, conv1d_reduce_kernel
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 
@@ -52,8 +51,8 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
 
 def _block(D: int, channels_per_thread: int) -> tuple[int, int]:
     """(channels, warps) of a program: no more warps than D fills."""
-    warps = min(MAX_WARPS, triton.next_power_of_2(triton.cdiv(D, 32 * channels_per_thread)))
-    return min(32 * channels_per_thread * warps, triton.next_power_of_2(D)), warps
+    warps = min(MAX_WARPS, power_of_2(cdiv(D, 32 * channels_per_thread)))
+    return min(32 * channels_per_thread * warps, power_of_2(D)), warps
 
 
 def _chunks_per_program(tables: ChunkTables, column_blocks: int, device: torch.device) -> int:
@@ -103,10 +102,10 @@ def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread
     BD, warps = _block(min(qk, v) if qk else v, per_thread)
     count = 0 if gates is None else gates.count
     sizes = {
-        "QK": qk, "V": v, "SHARES": channels.shares, "W": W, "WP": triton.next_power_of_2(W), "BD": BD, "C": CHUNK,
-        "GATES": count, "BG": triton.next_power_of_2(max(count, 1)), "num_warps": warps,
+        "QK": qk, "V": v, "SHARES": channels.shares, "W": W, "WP": power_of_2(W), "BD": BD, "C": CHUNK,
+        "GATES": count, "BG": power_of_2(max(count, 1)), "num_warps": warps,
     }  # fmt: skip
-    return sizes, 2 * triton.cdiv(qk, BD) + triton.cdiv(v, BD)
+    return sizes, 2 * cdiv(qk, BD) + cdiv(v, BD)
 
 
 @launches
@@ -142,7 +141,7 @@ def convolve_rows(
         tables = chunk_tables(1, num_rows, cu_seqlens, x.device)
         sizes, n_d = _constants(channels, gates, weight.shape[1], FORWARD_BYTES // x.element_size())
         joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
-        conv1d_forward_kernel[(triton.cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),)](
+        conv1d_forward_kernel[(cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),)](
             x, rows, weight.contiguous(), dense(bias), y, kept, copied, tables.chunks, tables.num_chunks, joined,
             x.stride(0), y.stride(0), channels.share, 0 if gates is None else gates.first,
             **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
@@ -175,7 +174,7 @@ def convolve_rows_backward(
     tables = chunk_tables(1, num_rows, cu_seqlens, x.device)
     sizes, n_d = _constants(channels, gates, W, BACKWARD_CHANNELS)
     joined = _chunks_per_program(tables, n_d, x.device)
-    programs = triton.cdiv(tables.num_chunks, joined)
+    programs = cdiv(tables.num_chunks, joined)
     partial = torch.empty(programs if parameters else 0, W + 1, D, dtype=torch.float32, device=x.device)
     conv1d_backward_kernel[(programs * (n_d + (gates is not None)),)](
         dq, dk, dv, dbeta, dalpha, x, rows, weight.contiguous(), dense(bias), dx, dx_rows, partial, tables.chunks,
@@ -186,8 +185,8 @@ def convolve_rows_backward(
     )  # fmt: skip
     if parameters:
         width = channels.shares * D
-        block = min(32, triton.next_power_of_2(width))
-        conv1d_reduce_kernel[((W + (bias is not None)) * triton.cdiv(width, block),)](
+        block = min(32, power_of_2(width))
+        conv1d_reduce_kernel[((W + (bias is not None)) * cdiv(width, block),)](
             partial, dweight, dbias, programs, channels.share, QK=channels.qk, V=channels.v, SHARES=channels.shares,
             W=W, ROWS=64, BD=block, HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip

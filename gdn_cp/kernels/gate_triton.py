@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.configs import launches
+from gdn_cp.kernels.configs import cdiv, launches, power_of_2
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, dense
 
 if TYPE_CHECKING:
@@ -147,9 +147,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if flat.shape[0] == 0:
         return total.zero_().view(partial.shape[1:])
     block = 32  # whatever the width, so that a head's sum has the same order among few heads and among many
-    sum_partials_kernel[(triton.cdiv(width, block),)](
-        flat, total, flat.shape[0], WIDTH=width, ROWS=64, BW=block, num_warps=4
-    )
+    sum_partials_kernel[(cdiv(width, block),)](flat, total, flat.shape[0], WIDTH=width, ROWS=64, BW=block, num_warps=4)
     return total.view(partial.shape[1:])
 
 
@@ -169,16 +167,16 @@ def embed_heads(first: Tensor, second: Tensor, shares: int, share: int) -> tuple
     heads = first.shape[0]
     out = torch.empty(2, shares * heads, dtype=torch.float32, device=first.device)
     embed_heads_kernel[(1,)](
-        first, second, out, share, HEADS=heads, SHARES=shares, BH=triton.next_power_of_2(shares * heads), num_warps=1
+        first, second, out, share, HEADS=heads, SHARES=shares, BH=power_of_2(shares * heads), num_warps=1
     )
     return out[0], out[1]
 
 
 def _grid(g: Tensor, cu_seqlens: Tensor | None, cumsum: bool) -> tuple[Tensor | None, int, int]:
     """(chunk table or None, number of chunks, number of head blocks); g is [B, T, HV] with cumsum, else [..., HV]."""
-    heads = triton.cdiv(g.shape[-1], _block_heads(g.shape[-1]))
+    heads = cdiv(g.shape[-1], _block_heads(g.shape[-1]))
     if not cumsum:
-        return None, triton.cdiv(g.numel() // g.shape[-1], CHUNK), heads
+        return None, cdiv(g.numel() // g.shape[-1], CHUNK), heads
     B, T = g.shape[:2]
     tables = chunk_tables(B, T, cu_seqlens, g.device)
     return tables.chunks, tables.num_chunks, heads
@@ -208,8 +206,8 @@ def gate_backward(
     HV = g.shape[-1]
     dg = torch.empty(g.shape, dtype=g.dtype, device=g.device)
     chunks, n_t, n_h = _grid(g, cu_seqlens, cumsum)
-    per_program = max(1, triton.cdiv(n_t, MAX_PARTIALS))
-    programs = triton.cdiv(n_t, per_program)
+    per_program = max(1, cdiv(n_t, MAX_PARTIALS))
+    programs = cdiv(n_t, per_program)
     partial = torch.empty(programs, 2, HV, dtype=torch.float32, device=g.device)
     if programs:
         flat = _flat_rows(g)
@@ -224,7 +222,7 @@ def gate_backward(
 
 
 def _block_heads(HV: int) -> int:
-    return min(BLOCK_HEADS, triton.next_power_of_2(HV))
+    return min(BLOCK_HEADS, power_of_2(HV))
 
 
 def _flat_rows(g: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.activations_triton import sigmoid
-from gdn_cp.kernels.configs import launches, multiprocessors
+from gdn_cp.kernels.configs import cdiv, launches, multiprocessors, power_of_2
 from gdn_cp.kernels.gate_triton import sum_partials
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def _by_heads(x: Tensor) -> Tensor:
 
 def _sizes(H: int, V: int, tile: int) -> dict[str, int]:
     """Compile-time sizes for H heads of width V."""
-    BV = triton.next_power_of_2(V)
+    BV = power_of_2(V)
     return {"H": H, "V": V, "BV": BV, "BR": tile // BV}
 
 
@@ -176,7 +176,7 @@ def gate_heads(
     kept = torch.empty_like(y) if keep else None
     if y.numel():
         sizes, num_rows = _sizes(H, V, FORWARD_TILE), tokens * H
-        norm_forward_kernel[(triton.cdiv(num_rows, sizes["BR"]),)](
+        norm_forward_kernel[(cdiv(num_rows, sizes["BR"]),)](
             x, z, weight.contiguous(), y, kept, _bytes(padding), num_rows, eps, *x.stride()[:3], *z.stride()[:2],
             **sizes, HB=x.shape[2], ROUND_PRODUCT=weight.dtype == x.dtype, KEEP=keep, HAS_PADDING=padding is not None,
             num_warps=NUM_WARPS,
@@ -201,9 +201,9 @@ def gate_heads_backward(
     if not dy.numel():
         return torch.zeros_like(weight, memory_format=torch.contiguous_format)
     sizes, num_rows = _sizes(H, V, BACKWARD_TILE), tokens * H
-    tiles = triton.cdiv(num_rows, sizes["BR"])
-    per_program = triton.cdiv(tiles, PROGRAMS_PER_SM * multiprocessors(x.device))
-    programs = triton.cdiv(tiles, per_program)
+    tiles = cdiv(num_rows, sizes["BR"])
+    per_program = cdiv(tiles, PROGRAMS_PER_SM * multiprocessors(x.device))
+    programs = cdiv(tiles, per_program)
     partial = torch.empty(programs, V, dtype=torch.float32, device=x.device)
     norm_backward_kernel[(programs,)](
         dy, x, z, weight.contiguous(), dx, dz, partial, _bytes(padding), num_rows, per_program, eps, *x.stride()[:3],
