@@ -9,7 +9,7 @@ per local token at Qwen3-Next's widths in bfloat16: the rows before the convolut
 the inverse of each chunk (4) and some small vectors. q, k and v after the convolution are computed anew.
 
 `gdn_cp.gated_delta_net` runs the same stages one by one, with autograd between them: the oracle, and what runs wherever
-this cannot: without Triton, in float64, when states pass between ranks, under torch.compile.
+this cannot: without Triton, in float64, under torch.compile.
 
 Dimensions: t local rows, T rows of the batch, H, HV query/key and value heads of all ranks, K, V their dims, P ranks
 that trade heads for tokens; a share is what one of them holds.
@@ -17,6 +17,7 @@ that trade heads for tokens; a share is what one of them holds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,10 +26,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdn_cp.comm.groups import CpGroups
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.packing_triton import copy_columns
-from gdn_cp.comm.row_maps import rank_major_rows
+from gdn_cp.comm.row_maps import group_rows, rank_major_rows
 from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, Transport
+from gdn_cp.fused_states import FusedStates, fused_states
 from gdn_cp.kernels import conv1d_triton, norm_triton
 from gdn_cp.kernels.backends import DeltaRuleCall, choose_backend, wants_kernels
 from gdn_cp.kernels.chunk_triton import piece_chunks, rule_backward, rule_forward
@@ -42,6 +45,7 @@ from gdn_cp.kernels.conv1d_triton import (
 )
 from gdn_cp.kernels.gate_triton import embed_heads
 from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
+from gdn_cp.kernels.segments import RuleOptions, TokenInputs
 
 if TYPE_CHECKING:
     from gdn_cp.gated_delta_net import GdnDims
@@ -73,6 +77,7 @@ class FusedCall:
         transport: moves the rows.
         eps: of the gated norm.
         keep: whether a backward may follow.
+        states: how states and the halo pass to and from other ranks, where sequences are continued there.
     """
 
     heads: GdnDims
@@ -83,6 +88,7 @@ class FusedCall:
     transport: Transport
     eps: float
     keep: bool
+    states: FusedStates | None = None
 
     @property
     def channels(self) -> Channels:
@@ -139,14 +145,8 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     )
     assert gates is not None
     x, x_rows = (buffer.data, buffer.rows) if kept is None else (kept, None)
-    q, k, v, alpha, beta = call.by_heads(qkv, gates)
-    o, _, *of_rule = rule_forward(
-        q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
-        A_log=call.own_heads(parameters.A_log), dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens,
-        state_v_first=False, intra_card=None, **_RULE,
-    )  # fmt: skip
-    ctx.piece_chunks = piece_chunks(q, v, call.cu_seqlens, None) if of_rule[-1].numel() else 0
-    del qkv, q, k, v, buffer
+    o, of_rule, ctx.piece_chunks = _run_rule(call, x, x_rows, qkv, gates, parameters)
+    del qkv, buffer
     returned = call.transport.return_out(o[0].flatten(1))
     del o
     out, kept = gate_heads(
@@ -162,6 +162,28 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
         ctx.call, ctx.x_rows = call, x_rows
         ctx.save_for_backward(x, gates, z, o, *parameters, *of_rule)
     return out
+
+
+def _run_rule(
+    call: FusedCall, x: Tensor, x_rows: Tensor | None, qkv: Tensor, gates: Tensor, parameters: MixerParameters
+) -> tuple[Tensor, Sequence[Tensor | None], int]:
+    """o of the delta rule, and what its backward needs: tensors and the chunks of a piece.
+
+    Where states pass between ranks, the convolution's edges in qkv are set right first.
+    """
+    A_log, dt_bias = call.own_heads(parameters.A_log), call.own_heads(parameters.dt_bias)
+    if call.states is not None:
+        edge_rows = call.states.edge_rows(x, x_rows)
+        call.states.convolve_edges(edge_rows, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, qkv)
+        q, k, v, alpha, beta = call.by_heads(qkv, gates)
+        o, saved, cut = call.states.rule.forward(TokenInputs(q, k, v, alpha, beta, A_log, dt_bias))
+        return o, [edge_rows, *saved], cut
+    q, k, v, alpha, beta = call.by_heads(qkv, gates)
+    o, _, *of_rule = rule_forward(
+        q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
+        A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False, intra_card=None, **_RULE,
+    )  # fmt: skip
+    return o, of_rule, piece_chunks(q, v, call.cu_seqlens, None) if of_rule[-1].numel() else 0
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -182,15 +204,23 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     if d_projected is not None and columns.width % 8 == 0:
         scratch = d_projected.narrow(1, 0, columns.conv)
     gradients, dA_log, d_dt_bias = _rule_backward(ctx, x, gates, d_o, parameters, of_rule, scratch)
+    edge_rows = None if call.states is None else of_rule[0]
     del d_o, gates, of_rule, scratch
 
     buffer = call.transport.in_grad_buffer(dz if d_projected is None else d_projected)
     wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+    edges = None
+    if call.states is not None and edge_rows is not None:
+        weight, bias = parameters.conv1d_weight.flatten(1), parameters.conv1d_bias
+        edges = call.states.begin_edge_gradients(edge_rows, gradients, weight, bias, wanted)
     d_weight, d_bias = convolve_rows_backward(
         x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
         buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
     )  # fmt: skip
-    del x, gradients
+    if edges is not None:
+        edges.add_to(buffer)
+        d_weight, d_bias = d_weight + edges.d_weight, d_bias + edges.d_bias
+    del x, gradients, edges, edge_rows
     if d_projected is None:
         d_projected = dz.new_empty(len(dz), columns.width)
         copy_columns(dz, d_projected.narrow(1, columns.conv, columns.v))
@@ -229,13 +259,20 @@ def _rule_backward(
     """The convolution anew, into `scratch` if given, and the rule's gradients (of A_log and dt_bias of all heads)."""
     call: FusedCall = ctx.call
     qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates), y=scratch)
-    q, k, v, alpha, beta = call.by_heads(qkv, gates)
-    dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
-        d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule,
-        scale=call.heads.head_k_dim**-0.5, initial_state=None, A_log=call.own_heads(parameters.A_log),
-        dt_bias=call.own_heads(parameters.dt_bias), cu_seqlens=call.cu_seqlens, state_v_first=False, need_dh0=False,
-        piece_chunks=ctx.piece_chunks, **_RULE,
-    )  # fmt: skip
+    A_log, dt_bias = call.own_heads(parameters.A_log), call.own_heads(parameters.dt_bias)
+    if call.states is not None:
+        call.states.convolve_edges(of_rule[0], parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, qkv)
+        q, k, v, alpha, beta = call.by_heads(qkv, gates)
+        inputs, saved = TokenInputs(q, k, v, alpha, beta, A_log, dt_bias), tuple(of_rule[1:])
+        found: Any = call.states.rule.backward(inputs, saved, ctx.piece_chunks, d_o.view(v.shape), (True,) * 7)
+        dq, dk, dv, d_alpha, d_beta, dA_log, d_dt_bias = found
+    else:
+        q, k, v, alpha, beta = call.by_heads(qkv, gates)
+        dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
+            d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
+            initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
+            need_dh0=False, piece_chunks=ctx.piece_chunks, **_RULE,
+        )  # fmt: skip
     if call.shares > 1:
         dA_log, d_dt_bias = embed_heads(dA_log, d_dt_bias, call.shares, call.share)
     gradients = (gradient[0].flatten(1) for gradient in (dq, dk, dv, d_beta, d_alpha))
@@ -251,11 +288,17 @@ def fused_mixer(projected: Tensor, parameters: MixerParameters, call: FusedCall)
 
 def fused_call(
     projected: Tensor, parameters: MixerParameters, dims: GdnDims, *, layout: ThdLayout | None,
-    group: dist.ProcessGroup | None, eps: float,
+    group: dist.ProcessGroup | None, eps: float, groups: CpGroups | None = None,
 ) -> FusedCall:  # fmt: skip
-    """Describe a call in which all ranks of `group` trade heads for tokens; None: one rank."""
-    shares, share = (1, 0) if group is None else (group.size(), group.rank())
+    """Describe a call in which all ranks of `group` trade heads for tokens; None: one rank.
+
+    With `groups` its neighbours trade heads for tokens, and states pass between those.
+    """
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (projected, *parameters))
+    if groups is not None:
+        assert layout is not None
+        return _call_with_states(dims, layout, groups, eps, keep)
+    shares, share = (1, 0) if group is None else (group.size(), group.rank())
     return FusedCall(
         heads=dims.per_rank(shares),
         shares=shares,
@@ -265,6 +308,29 @@ def fused_call(
         transport=transport_for(dims, layout, group),
         eps=eps,
         keep=keep,
+    )
+
+
+def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: float, keep: bool) -> FusedCall:
+    a2a_size, index = groups.a2a_size, groups.group_index
+    heads, padding = dims.per_rank(a2a_size), layout.local_padding(groups.full.rank())
+    qk, _, v, *_ = dims.sections
+    columns, rows = MixerColumns(qk, v, dims.num_v_heads, a2a_size), group_rows(layout, a2a_size, index)
+    transport: Transport = LocalTransport(columns, rows)
+    if groups.a2a is not None:
+        transport = CollectiveTransport(columns, groups.a2a, rows, padding)
+    channels = Channels(qk // a2a_size, v // a2a_size, a2a_size, groups.head_index)
+    options = RuleOptions(backend="triton", **_RULE)
+    return FusedCall(
+        heads=heads,
+        shares=a2a_size,
+        share=groups.head_index,
+        cu_seqlens=layout.segments(a2a_size, index).cu_seqlens_tensor,
+        padding=padding,
+        transport=transport,
+        eps=eps,
+        keep=keep,
+        states=fused_states(layout, groups, channels, heads.num_v_heads, dims.conv_kernel, options),
     )
 
 

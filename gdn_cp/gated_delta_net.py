@@ -163,9 +163,10 @@ def gated_delta_net_mixer(
     a2a_size = choose_a2a_size(a2a_size, layout, dims, element_size=projected.element_size())
     heads, head_index = dims.per_rank(a2a_size), rank % a2a_size
     groups = None if group is None or a2a_size == size else cp_groups(group, a2a_size)
-    if groups is None and projected.device.type == "cuda" and not torch.compiler.is_compiling():
+    if projected.device.type == "cuda" and not torch.compiler.is_compiling():
         parameters = (conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
-        mixed = _mix_fused(projected, parameters, dims, layout, None if size == 1 else group, norm_eps, backend)
+        whole_group = None if size == 1 else group
+        mixed = _mix_fused(projected, parameters, dims, layout, whole_group, groups, norm_eps, backend)
         if mixed is not None:
             return mixed
 
@@ -203,6 +204,7 @@ def _mix_fused(
     dims: GdnDims,
     layout: ThdLayout | None,
     group: dist.ProcessGroup | None,
+    groups: CpGroups | None,
     eps: float,
     backend: str | None,
 ) -> Tensor | None:
@@ -212,10 +214,12 @@ def _mix_fused(
     from gdn_cp.fused_mixer import MixerParameters, fused_call, fused_mixer, refusal
 
     of_layer = MixerParameters(*parameters)
-    heads = dims.per_rank(1 if group is None else group.size())
+    whole = 1 if group is None else group.size()
+    heads = dims.per_rank(whole if groups is None else groups.a2a_size)
     if refusal(projected, of_layer, heads, layout, backend) is not None:
         return None
-    return fused_mixer(projected, of_layer, fused_call(projected, of_layer, dims, layout=layout, group=group, eps=eps))
+    call = fused_call(projected, of_layer, dims, layout=layout, group=group, eps=eps, groups=groups)
+    return fused_mixer(projected, of_layer, call)
 
 
 def gate_output(o: Tensor, z: Tensor, dims: GdnDims, weight: Tensor, eps: float) -> Tensor:

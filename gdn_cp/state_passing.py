@@ -81,7 +81,7 @@ class _ConvolveSegments(torch.autograd.Function):
         bounds: Tensor, activation: str | None,
     ) -> Tensor:  # fmt: skip
         edges = routes.edges
-        halo = send_halo(x, routes, group)
+        halo = send_halo(x.detach().index_select(0, routes.send_rows), routes, group)
         needed = ctx.needs_input_grad[:3]
         with torch.enable_grad():
             leaves: list[Any] = [
@@ -148,17 +148,19 @@ def state_passing_delta_rule(
     if no sequence crosses ranks. Kept for the backward: the inputs, the states that enter this rank's segments, the M
     of the chains that this rank composes, and what Triton's rule keeps; the plain torch rule is run anew.
     """
-    table = layout.segments(groups.a2a_size, groups.group_index)
-    routes = states.state_routes(layout, groups.a2a_size, groups.group_index, inputs.v.shape[2])
-    if not routes.travels:
+    call = passing_call(options, layout, groups, inputs.v.shape[2], truncate=truncate)
+    if call is None:
+        table = layout.segments(groups.a2a_size, groups.group_index)
         return run_rule(inputs, options, table.cu_seqlens_tensor)[0]
-    assert groups.states is not None
-    return _StatePassing.apply(_Call(options, table, routes, groups.states, truncate), *inputs.tensors())
+    return _StatePassing.apply(call, *inputs.tensors())
+
+
+Saved = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class _Call:
-    """What one call needs besides its tensors."""
+class PassingCall:
+    """What one call of state passing needs besides its tensors. `passing_call` makes it."""
 
     options: RuleOptions
     table: SegmentTable
@@ -166,14 +168,31 @@ class _Call:
     group: dist.ProcessGroup
     truncate: bool
 
-    def entering_states(self, rule: SegmentRule) -> tuple[Tensor, Tensor]:
-        """The states [n, HV, K, V] that enter this rank's segments, and the M of the chains that it composes."""
+    def forward(self, inputs: TokenInputs) -> tuple[Tensor, Saved, int]:
+        """o [1, T, HV, V], and what `backward` has to be given: tensors, and the chunks of a piece. Records nothing."""
+        bounds, routes = self.table.cu_seqlens_tensor, self.routes
+        rule = SegmentRule(inputs, self.options, bounds, routes.roles, routes.summarised, truncate=self.truncate)
         (ext, transfer), first = rule.summarise()
-        ext, transfer = states.send_summaries(self.routes, ext, transfer, self.group, first)
-        merged = merge_states(ext, transfer, self.routes.active)
-        return states.return_states(self.routes, merged, self.group), transfer
+        ext, transfer = states.send_summaries(routes, ext, transfer, self.group, first)
+        entering = states.return_states(routes, merge_states(ext, transfer, routes.active), self.group)
+        o = rule.run(entering)
+        kept, piece_chunks = rule.kept()
+        return o, (entering, transfer, *kept), piece_chunks
 
-    def leaving_gradients(self, d_ext: Tensor, transfer: Tensor) -> Tensor:
+    def backward(
+        self, inputs: TokenInputs, saved: Saved, piece_chunks: int, d_output: Tensor, needed: tuple[bool, ...]
+    ) -> Saved:
+        """The gradient of each field of the inputs, None where not needed."""
+        entering, transfer, *kept = saved
+        assert entering is not None
+        assert transfer is not None
+        bounds, roles = self.table.cu_seqlens_tensor, self.routes.roles
+        pending = begin_segment_backward(
+            inputs, self.options, bounds, roles, (tuple(kept), piece_chunks), entering, d_output, needed
+        )
+        return pending.finish(self._leaving_gradients(pending.state_gradient(), transfer))
+
+    def _leaving_gradients(self, d_ext: Tensor, transfer: Tensor) -> Tensor:
         """The gradients [n, HV, K, V] of the states that leave this rank's segments."""
         d_ext = states.send_gradients(self.routes, d_ext, self.group)
         transfer = states.reverse_transfer(self.routes, transfer)
@@ -181,34 +200,29 @@ class _Call:
         return states.return_gradients(self.routes, merged, self.group)
 
 
+def passing_call(
+    options: RuleOptions, layout: ThdLayout, groups: CpGroups, heads: int, *, truncate: bool = False
+) -> PassingCall | None:
+    """Describe a call on ranks that hold `heads` value heads each; None where no sequence crosses ranks."""
+    table = layout.segments(groups.a2a_size, groups.group_index)
+    routes = states.state_routes(layout, groups.a2a_size, groups.group_index, heads)
+    if not routes.travels:
+        return None
+    assert groups.states is not None
+    return PassingCall(options, table, routes, groups.states, truncate)
+
+
 class _StatePassing(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor | None) -> Tensor:
-        inputs = TokenInputs(*tensors)  # type: ignore[arg-type]
-        bounds, routes = call.table.cu_seqlens_tensor, call.routes
-        rule = SegmentRule(inputs, call.options, bounds, routes.roles, routes.summarised, truncate=call.truncate)
-        entering, transfer = call.entering_states(rule)
-        o = rule.run(entering)
-        kept, ctx.piece_chunks = rule.kept()
+    def forward(ctx: Any, call: PassingCall, *tensors: Tensor | None) -> Tensor:
+        o, saved, ctx.piece_chunks = call.forward(TokenInputs(*tensors))  # type: ignore[arg-type]
         ctx.call = call
-        ctx.save_for_backward(*tensors, entering, transfer, *kept)
+        ctx.save_for_backward(*tensors, *saved)
         return o
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        call: _Call = ctx.call
         needed = ctx.needs_input_grad[1:]
-        tensors, (entering, transfer, *kept) = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
-        pending = begin_segment_backward(
-            TokenInputs(*tensors),
-            call.options,
-            call.table.cu_seqlens_tensor,
-            call.routes.roles,
-            (tuple(kept), ctx.piece_chunks),
-            entering,
-            grads[0],
-            needed,
-        )
-        d_leaving = call.leaving_gradients(pending.state_gradient(), transfer)
-        return None, *pending.finish(d_leaving)
+        tensors, saved = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
+        return None, *ctx.call.backward(TokenInputs(*tensors), saved, ctx.piece_chunks, grads[0], needed)

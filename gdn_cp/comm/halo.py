@@ -116,9 +116,8 @@ class PendingRows:
         return self._finish(self._received)
 
 
-def send_halo(x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> PendingRows:
-    """`fetch_halo` without autograd, begun: `wait()` gives the halo rows [R, D]."""
-    sent = x.index_select(0, routes.send_rows)
+def send_halo(sent: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> PendingRows:
+    """`fetch_halo` without autograd, begun, from this rank's rows `routes.send_rows`; `wait()` gives the halo."""
     return _start(
         sent, routes.receive_counts, routes.send_counts, group, lambda rows: rows.index_select(0, routes.to_halo)
     )
@@ -143,7 +142,7 @@ class _FetchHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, routes: HaloRoutes, group: dist.ProcessGroup) -> Tensor:
         ctx.routes, ctx.group, ctx.rows = routes, group, x.shape[0]
-        return send_halo(x, routes, group).wait()
+        return send_halo(x.index_select(0, routes.send_rows), routes, group).wait()
 
     @staticmethod
     @once_differentiable
