@@ -362,7 +362,7 @@ def refusal(
     weight = parameters.out_norm_weight
     return conv1d_triton.unsupported(
         projected, parameters.conv1d_weight, parameters.conv1d_bias
-    ) or norm_triton.unsupported(projected.new_empty(0, heads.head_v_dim), projected, weight)
+    ) or norm_triton.unsupported(weight, projected, weight)
 
 
 def _rule_call(projected: Tensor, heads: GdnDims, layout: ThdLayout | None) -> DeltaRuleCall:
