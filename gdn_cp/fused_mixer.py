@@ -29,7 +29,9 @@ from torch.autograd.function import once_differentiable
 from gdn_cp.comm.groups import CpGroups
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.packing_triton import copy_columns
+from gdn_cp.comm.peer_vote import peer_memory
 from gdn_cp.comm.row_maps import group_rows, rank_major_rows
+from gdn_cp.comm.symmetric import PeerTransport, natural_rows
 from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, Transport
 from gdn_cp.fused_states import FusedStates, fused_states
 from gdn_cp.kernels import conv1d_triton, norm_triton
@@ -335,7 +337,10 @@ def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: f
 
 
 def transport_for(dims: GdnDims, layout: ThdLayout | None, group: dist.ProcessGroup | None) -> Transport:
-    """The transport of a call: none needed on one rank, else collectives."""
+    """The transport of a call: none needed on one rank, else peers' memory where the ranks share it, or collectives.
+
+    The first call for a group of GPUs is a vote of its ranks, see `gdn_cp.comm.peer_vote`.
+    """
     qk, _, v, *_ = dims.sections
     ranks = 1 if group is None else group.size()
     columns = MixerColumns(qk, v, dims.num_v_heads, ranks)
@@ -344,6 +349,9 @@ def transport_for(dims: GdnDims, layout: ThdLayout | None, group: dist.ProcessGr
         return LocalTransport(columns, rows)
     assert layout is not None
     assert group is not None
+    memory = peer_memory(group, layout.device)
+    if memory is not None:
+        return PeerTransport(columns, memory, natural_rows(layout, ranks, 0))
     return CollectiveTransport(columns, group, rows, layout.local_padding(group.rank()))
 
 

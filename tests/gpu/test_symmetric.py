@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from typing import Any
 
@@ -14,7 +15,7 @@ pytest.importorskip("triton")
 
 from gdn_cp.comm.all_to_all import cp_to_hp, hp_to_cp
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
-from gdn_cp.comm.peer_vote import peer_memory
+from gdn_cp.comm.peer_vote import VARIABLE, peer_memory
 from gdn_cp.comm.symmetric import PeerTransport, natural_rows
 from gdn_cp.comm.transport import MixerColumns
 
@@ -208,3 +209,33 @@ def test_the_vote_is_the_same_on_all_ranks(run_ranks):
             "torn": "GDN_CP_EXCHANGE: the ranks request ['auto', 'peer']; set the same on all of them",
             "auto": "PeerMemory",
         }
+
+
+def mixers_of_both_paths(rank: int, world: int) -> dict[str, Any]:
+    from tests.gpu.test_fused_mixer import batch, layer, replay_equals_eager, results
+
+    module, unit, found = layer(), 2 * world, {}
+    for padded in (False, True):
+        bounds = [unit * n for n in (0, 8, 8, 40, 128)]
+        lengths = [unit * 8, 0, unit * 31, unit * 87] if padded else None
+        layout = ThdLayout.zigzag(bounds, world, seqlens=lengths, device="cuda")
+        x, dy = (layout.shard(rows, rank) for rows in batch(layout))
+        made: dict[str, dict[str, Tensor]] = {}
+        for path in ("nccl", "peer"):
+            group = dist.new_group(list(range(world)))
+            assert isinstance(group, dist.ProcessGroup)
+            os.environ[VARIABLE] = path
+            call = {"layout": layout, "group": group}
+            made[path] = results(module, x, dy, **call)
+            again = results(module, x, dy, **call)
+            found[f"{path} repeats"] = all(torch.equal(again[name], value) for name, value in made[path].items())
+        found["replay"] = replay_equals_eager(module, x.nan_to_num(0), dy.nan_to_num(0), **call)
+        for name, value in made["nccl"].items():
+            found[f"{name} {'padded' if padded else 'whole'}"] = torch.equal(value, made["peer"][name])
+    return found
+
+
+@pytest.mark.multi_gpu
+def test_the_mixer_gives_the_same_bits_over_both_paths(run_ranks):
+    for found in run_ranks(mixers_of_both_paths, 2, backend="nccl", timeout=240):
+        assert all(found.values()), found

@@ -19,45 +19,14 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
-from gdn_cp.comm.symmetric import SLOTS, PeerMemory, PeerTransport, Slot, natural_rows
+from gdn_cp.comm.symmetric import PeerMemory, PeerTransport, Slot, natural_rows
 from gdn_cp.comm.symmetric_triton import TileShape
 from gdn_cp.comm.transport import MixerColumns
+from tests.host_peers import HostArena, HostMemory
 
 ROOT = Path(__file__).parents[2]
 SMALL = TileShape(rows=16, columns=16, num_warps=1, programs=3)  # several tiles, and more of them than programs
 LARGE = TileShape(rows=32, columns=128, num_warps=1, programs=5)
-
-
-class HostMemory:
-    """Every rank's slots in host memory, full of 0xFF: NaN in any floating dtype."""
-
-    def __init__(self, ranks: int, num_bytes: int) -> None:
-        self.local = torch.full((ranks, SLOTS, num_bytes), 0xFF, dtype=torch.uint8)
-
-    def slots(self, rank: int) -> list[Slot]:
-        return [
-            Slot(self.local[rank, i], torch.tensor([self.local[p, i].data_ptr() for p in range(len(self.local))]))
-            for i in range(SLOTS)
-        ]
-
-
-class HostArena:
-    """One rank's view of `HostMemory`, slots by turns; ranks run one after the other, so nothing settles."""
-
-    def __init__(self, memory: HostMemory, rank: int) -> None:
-        self.rank, self.size, self.last = rank, len(memory.local), 0
-        self.slots = memory.slots(rank)
-
-    def acquire(self, num_bytes: int) -> Slot:
-        assert num_bytes <= len(self.slots[0].local)
-        self.last = (self.last + 1) % SLOTS
-        return self.slots[self.last]
-
-    def slot_of(self, x: Tensor) -> Slot:
-        return next(slot for slot in self.slots if slot.local.data_ptr() == x.data_ptr())
-
-    def settle(self) -> None:
-        pass
 
 
 def layouts(cp_size: int) -> list[ThdLayout]:

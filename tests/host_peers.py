@@ -1,0 +1,81 @@
+"""Peers' memory without GPUs: all ranks are threads of one process, and their slots lie in host memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdn_cp.comm.symmetric import SLOTS, Slot
+
+
+class HostMemory:
+    """Every rank's slots in host memory, full of 0xFF: NaN in any floating dtype."""
+
+    def __init__(self, ranks: int, num_bytes: int) -> None:
+        self.local = torch.full((ranks, SLOTS, num_bytes), 0xFF, dtype=torch.uint8)
+
+    def slots(self, rank: int) -> list[Slot]:
+        """One rank's view."""
+        return [
+            Slot(self.local[rank, i], torch.tensor([self.local[p, i].data_ptr() for p in range(len(self.local))]))
+            for i in range(SLOTS)
+        ]
+
+
+class HostArena:
+    """One rank's arena in `HostMemory`, slots by turns; `meet` is what settling is."""
+
+    def __init__(self, memory: HostMemory, rank: int, meet: Callable[[], None] = lambda: None) -> None:
+        self.rank, self.size, self.last = rank, len(memory.local), 0
+        self.slots, self.meet = memory.slots(rank), meet
+
+    def acquire(self, num_bytes: int) -> Slot:
+        assert num_bytes <= len(self.slots[0].local)
+        self.last = (self.last + 1) % SLOTS
+        return self.slots[self.last]
+
+    def slot_of(self, x: Tensor) -> Slot:
+        return next(slot for slot in self.slots if slot.local.data_ptr() == x.data_ptr())
+
+    def settle(self) -> None:
+        self.meet()
+
+
+def run_threads(function: Callable[..., Any], ranks: int, num_bytes: int) -> list[Any]:
+    """`function(arena)` of every rank, each in a thread; one runs at a time, and they change where they settle.
+
+    Triton's interpreter patches the language for the time of a launch, so launches must not overlap.
+    """
+    memory, turn, barrier = HostMemory(ranks, num_bytes), threading.Lock(), threading.Barrier(ranks, timeout=60)
+    results: list[Any] = [None] * ranks
+    failures: list[BaseException] = []
+
+    def meet() -> None:
+        turn.release()
+        try:
+            barrier.wait()
+        finally:
+            turn.acquire()
+
+    def run(rank: int) -> None:
+        with turn:
+            try:
+                results[rank] = function(HostArena(memory, rank, meet))
+            except BaseException as error:  # told by the caller's thread
+                failures.append(error)
+                barrier.abort()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for failure in failures:
+        if not isinstance(failure, threading.BrokenBarrierError):
+            raise failure
+    assert not failures
+    return results
