@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import tyro
-from bench_exchange_paths import Data, build_paths, peer_path, without_z
+from bench_exchange_paths import Data, TransportPath, build_paths, peer_path, without_z
 from bench_ranks import World, batch_lengths, capture, join_world, leave_world, time_by_turns
 from kernel_cases import machine, write_json
 from torch import Tensor
@@ -169,6 +169,11 @@ def measure(options: Options, tokens: int, world: World, notes: dict[str, str]) 
     for column, steps in ways.items():
         for name, milliseconds in time_by_turns(steps, world, options.repeats, options.calls).items():
             setattr(rows[name], column, milliseconds)
+    backward = {"out_grad_ms": "out_grad", "in_grad_ms": "in_grad"}
+    for key, method in backward.items():
+        steps = {name: getattr(path, method) for name, path in paths.items() if isinstance(path, TransportPath)}
+        for name, milliseconds in time_by_turns(steps, world, options.repeats, options.calls).items():
+            rows[name].extra[key] = milliseconds
     for row in rows.values():
         row.in_gb_per_s = sent.way_in / row.in_ms / 1e6 if row.in_ms else None
         row.out_gb_per_s = sent.way_out / row.out_ms / 1e6 if row.out_ms else None
@@ -210,7 +215,8 @@ def print_table(rows: list[Row], world: World) -> None:
         cells = [_cell(row.in_ms, 7, 3), _cell(row.in_gb_per_s, 5, 0), _cell(row.out_ms, 7, 3)]
         cells += [_cell(row.out_gb_per_s, 5, 0), _cell(row.both_ms, 7, 3), _cell(faster, 5, 2)]
         cells += [_cell(row.both_graph_ms, 7, 3)]
-        world.say(f"{row.path:22} {row.tokens:7d} {' '.join(cells)} {row.note}".rstrip())
+        remarks = [row.note] + [f"{key} {value:.3f}" for key, value in row.extra.items() if isinstance(value, float)]
+        world.say(f"{row.path:22} {row.tokens:7d} {' '.join(cells)} {' '.join(remarks)}".rstrip())
 
 
 def _cell(value: float | None, width: int, digits: int) -> str:

@@ -85,7 +85,15 @@ class TransportPath:
         """See `Path`. The gradients' buffers are sent as they are, as whoever computes them would have filled them."""
         self.way_in()
         self.way_out()
+        self.out_grad()
+        self.in_grad()
+
+    def out_grad(self) -> None:
+        """The gradient of o back."""
         self.transport.send_out_grad(self.transport.out_grad_buffer(self.data.grad_out))
+
+    def in_grad(self) -> None:
+        """The projection's gradient back."""
         d_projected = torch.empty_like(self.data.x)
         self.transport.return_in_grad(self.transport.in_grad_buffer(d_projected), d_projected)
 

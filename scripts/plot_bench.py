@@ -1,4 +1,4 @@
-"""Draw what bench_kernels.py wrote: one picture for each JSON file, beside it.
+"""Draw what the bench scripts wrote: one picture for each JSON file, beside it.
 
 python scripts/plot_bench.py benchmarks/results/chunk.json benchmarks/results/decode.json
 """
@@ -25,7 +25,7 @@ class Options:
     """Draw benchmark results."""
 
     files: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """JSON files of bench_kernels.py; each gives a .png of its name."""
+    """JSON files of bench_kernels.py, bench_exchange.py, bench_layer.py; each gives a .png of its name."""
     forward: bool = False
     """Draw the forward instead of forward and backward."""
 
@@ -79,11 +79,40 @@ def plot_bars(content: dict[str, Any]) -> Figure:
     return figure
 
 
+def plot_groups(content: dict[str, Any], group: str, member: str, value: str, label: str) -> Figure:
+    """Bars of row[value], side by side for each row[group], one colour for each row[member]."""
+    rows = [row for row in content["rows"] if row[value] is not None]
+    groups, members = (list(dict.fromkeys(row[name] for row in rows)) for name in (group, member))
+    figure, axis = plt.subplots(figsize=(1.5 * len(groups) + 3, 3.8))
+    width = 0.8 / len(members)
+    for index, name in enumerate(members):
+        mine = [row for row in rows if row[member] == name]
+        places = [groups.index(row[group]) + (index + 0.5) * width - 0.4 for row in mine]
+        axis.bar(places, [row[value] for row in mine], width, label=name)
+    axis.set_xticks(range(len(groups)), [str(name) for name in groups])
+    axis.set_yscale("log" if value == "eager_ms" else "linear")  # cases differ by a factor of ten
+    axis.set_ylabel(label)
+    axis.set_title(f"{content['ranks']} ranks")
+    axis.legend(fontsize=7)
+    return figure
+
+
+def draw(content: dict[str, Any], forward: bool) -> Figure:
+    """The picture of a file's kind."""
+    if content["kind"] == "chunk":
+        return plot_chunk(content, forward)
+    if content["kind"] == "layer":
+        return plot_groups(content, "case", "contender", "eager_ms", "ms, forward + backward")
+    if content["kind"] == "exchange":
+        return plot_groups(content, "tokens", "path", "in_gb_per_s", "GB/s leaving a rank, way in")
+    return plot_bars(content)
+
+
 def main(options: Options) -> int:
     """Write a .png beside each file."""
     for path in options.files:
         content = json.loads(path.read_text())
-        figure = plot_chunk(content, options.forward) if content["kind"] == "chunk" else plot_bars(content)
+        figure = draw(content, options.forward)
         where = content["machine"]
         figure.suptitle(
             f"{where['device']}, torch {where['torch']}, triton {where['triton']}, {where['commit']}", fontsize=8

@@ -17,6 +17,16 @@ def in_scripts() -> None:
         sys.path.insert(0, SCRIPTS)
 
 
+def drawn(output: Path) -> bool:
+    """Whether plot_bench.py makes a picture of the file (or there is nothing to draw with)."""
+    pytest.importorskip("matplotlib")
+    in_scripts()
+    import plot_bench
+
+    plot_bench.main(plot_bench.Options((output,)))
+    return output.with_suffix(".png").stat().st_size > 1000
+
+
 def layer_benchmark(rank: int, world_size: int, output: str) -> int:
     in_scripts()
     import bench_layer
@@ -50,6 +60,7 @@ def test_layer_benchmark_checks_against_float64_and_writes_a_row_for_each_a2a_si
         assert row["kernels"]
         assert row["note"] == "no graph: no GPU"
     assert "megatron" in content["notes"] or "megatron" in rows
+    assert drawn(output)
 
 
 def turns(rank: int, world_size: int) -> tuple[list[str], dict[str, float], list[float]]:
@@ -112,6 +123,7 @@ def test_exchange_benchmark_compares_bits_and_times_every_path(run_ranks, tmp_pa
         assert row["out_gb_per_s"] > 0
         assert (row["both_ms"] is None) == name.startswith("wire")
         assert not row["note"]
+    assert drawn(output)
 
 
 def wrong_results(rank: int, world_size: int) -> list[str]:
