@@ -34,6 +34,7 @@ from bench_layer_pair import (
     build_theirs,
     describe_to_ours,
     describe_to_theirs,
+    group_without_peers,
     layer_config,
     share_weights,
     start_megatron,
@@ -123,11 +124,15 @@ class Layers:
     ours: nn.Module
     theirs: nn.Module | None
     a2a_sizes: tuple[int, ...]
+    nccl: torch.distributed.ProcessGroup | None  # where the layer's own group exchanges through peers' memory
 
     def runners(self, layout: ThdLayout) -> dict[str, Runner]:
         """Every contender by name, for one batch; megatron's first."""
         found = {} if self.theirs is None else {THEIRS: Runner(self.theirs, describe_to_theirs(layout))}
-        return {**found, **{f"{OURS} a2a={a}": Runner(self.ours, describe_to_ours(layout, a)) for a in self.a2a_sizes}}
+        found |= {f"{OURS} a2a={a}": Runner(self.ours, describe_to_ours(layout, a)) for a in self.a2a_sizes}
+        if self.nccl is not None:
+            found[f"{OURS} nccl"] = Runner(self.ours, describe_to_ours(layout, layout.cp_size, self.nccl))
+        return found
 
 
 def local_inputs(layout: ThdLayout, widths: Widths, world: World, seed: int) -> tuple[Tensor, Tensor]:
@@ -289,7 +294,8 @@ def build_layers(options: Options, world: World) -> tuple[Layers, dict[str, str]
         torch.distributed.broadcast(parameter.data, 0, group=world.group)
     if theirs is not None:
         share_weights(ours, theirs)
-    return Layers(ours, theirs, options.a2a_sizes or divisors(world.size)), notes
+    nccl = group_without_peers(world.size, world.device)
+    return Layers(ours, theirs, options.a2a_sizes or divisors(world.size), nccl), notes
 
 
 def divisors(ranks: int) -> tuple[int, ...]:

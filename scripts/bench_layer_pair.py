@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from kernel_cases import load_fla
 from torch import Tensor, nn
 
 from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.peer_vote import peer_memory
 
 OURS, THEIRS = "gdn_cp", "megatron"
 
@@ -133,11 +135,24 @@ def share_weights(source: nn.Module, target: nn.Module) -> None:
         parameter.copy_(values[name])
 
 
-def describe_to_ours(layout: ThdLayout, a2a_size: int) -> Any:
-    """The batch as this package's layer takes it."""
+def describe_to_ours(layout: ThdLayout, a2a_size: int, group: dist.ProcessGroup | None = None) -> Any:
+    """The batch as this package's layer takes it; `group` in place of the layer's own."""
     from gdn_cp.megatron import packed_seq_params_from_layout
 
-    return packed_seq_params_from_layout(layout, a2a_size=a2a_size)
+    return packed_seq_params_from_layout(layout, group, a2a_size=a2a_size)
+
+
+def group_without_peers(world_size: int, device: torch.device) -> dist.ProcessGroup | None:
+    """A second group of all ranks that exchanges through NCCL; None where Megatron's does so too."""
+    from megatron.core import parallel_state
+
+    group: Any = parallel_state.get_context_parallel_group()
+    if peer_memory(group, device) is None:
+        return None
+    other = dist.new_group(list(range(world_size)))
+    assert isinstance(other, dist.ProcessGroup)
+    peer_memory(other, device, "nccl")
+    return other
 
 
 def describe_to_theirs(layout: ThdLayout) -> Any:
