@@ -36,6 +36,7 @@ from bench_layer_pair import (
     describe_to_theirs,
     group_without_peers,
     layer_config,
+    peer_memory_bytes,
     share_weights,
     start_megatron,
 )
@@ -334,8 +335,12 @@ def main(options: Options) -> int:
             replay_graphs(found, steps, options, world)
         rows += found
         print_rows(found, world)
+        content["peer_memory_bytes"] = peer_memory_bytes(world.device)
         if world.rank == 0:
             write_json(options.output, {**content, "rows": [asdict(row) for row in rows]})
+    world.say(
+        f"peers' memory, once for all layers and not in kept or peak: {content['peer_memory_bytes'] / 2**20:.0f} MiB"
+    )
     for name, note in notes.items():
         world.say(f"note: {name}: {note}")
     print_header(world)

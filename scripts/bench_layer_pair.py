@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.peer_vote import peer_memory
+from gdn_cp.comm.symmetric import PeerMemory
 
 OURS, THEIRS = "gdn_cp", "megatron"
 
@@ -142,12 +143,23 @@ def describe_to_ours(layout: ThdLayout, a2a_size: int, group: dist.ProcessGroup 
     return packed_seq_params_from_layout(layout, group, a2a_size=a2a_size)
 
 
-def group_without_peers(world_size: int, device: torch.device) -> dist.ProcessGroup | None:
-    """A second group of all ranks that exchanges through NCCL; None where Megatron's does so too."""
+def memory_of_peers(device: torch.device) -> PeerMemory | None:
+    """What the context-parallel group's ranks share, None where they exchange through NCCL."""
     from megatron.core import parallel_state
 
     group: Any = parallel_state.get_context_parallel_group()
-    if peer_memory(group, device) is None:
+    return peer_memory(group, device)
+
+
+def peer_memory_bytes(device: torch.device) -> int:
+    """What that takes on this rank."""
+    memory = memory_of_peers(device)
+    return 0 if memory is None else memory.num_bytes
+
+
+def group_without_peers(world_size: int, device: torch.device) -> dist.ProcessGroup | None:
+    """A second group of all ranks that exchanges through NCCL; None where Megatron's does so too."""
+    if memory_of_peers(device) is None:
         return None
     other = dist.new_group(list(range(world_size)))
     assert isinstance(other, dist.ProcessGroup)

@@ -88,6 +88,11 @@ class PeerMemory:
         self._stream: torch.cuda.Stream | None = None
         self._kept: list[Any] = []
 
+    @property
+    def num_bytes(self) -> int:
+        """What the slots take of this rank's memory, which torch's allocator does not count."""
+        return SLOTS * self._capacity
+
     def acquire(self, num_bytes: int) -> Slot:
         """See `Arena`.
 
