@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -78,8 +78,8 @@ class PeerMemory:
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        self.rank, self.size = group.rank(), group.size()
-        self.group, self.device = group, device
+        self.rank, self.size, self.device = group.rank(), group.size(), device
+        self._group = ref(group)  # kept with the group, and so must not keep it
         self._handle: Any = None
         self._slots: list[Slot] = []
         self._capacity = 0
@@ -133,17 +133,19 @@ class PeerMemory:
         """Allocate slots of at least `num_bytes` on all ranks, which come here together."""
         import torch.distributed._symmetric_memory as symm_mem
 
+        group = self._group()
+        assert group is not None
         torch.cuda.synchronize(self.device)  # peers may be busy with the old slots until their last barrier
         if self._captured:
             self._kept.append((self._handle, self._slots))  # graphs hold their addresses
         self._capacity = -(-num_bytes // GRANULE) * GRANULE
         memory = symm_mem.empty(SLOTS * self._capacity, dtype=torch.uint8, device=self.device)
-        handle: Any = symm_mem.rendezvous(memory, self.group)  # behind it all ranks are idle: the old slots may go
+        handle: Any = symm_mem.rendezvous(memory, group)  # behind it all ranks are idle: the old slots may go
         # A tensor need not be at the start of what peers have mapped.
         offset = memory.data_ptr() - handle.buffer_ptrs[self.rank]
         offsets = torch.tensor([offset], device=self.device)
         everyone = offsets.new_empty(self.size)
-        dist.all_gather_into_tensor(everyone, offsets, group=self.group)
+        dist.all_gather_into_tensor(everyone, offsets, group=group)
         starts = [base + start for base, start in zip(handle.buffer_ptrs, everyone.tolist(), strict=True)]
         self._handle = handle
         self._slots = []

@@ -145,11 +145,18 @@ def segments(layout: ThdLayout, table: Any) -> list[tuple[int, int, int]]:
     ]
 
 
+class StandIn:
+    """Rank 0 of a group."""
+
+    def __init__(self, ranks: int) -> None:
+        self.rank, self.size = (lambda: 0), (lambda: ranks)
+
+
 class RecordedMemory(PeerMemory):
     """The real choice of slots and barriers, with host memory behind it; what would run on the stream is listed."""
 
     def __init__(self, memory: HostMemory) -> None:
-        super().__init__(SimpleNamespace(rank=lambda: 0, size=lambda: len(memory.local)), torch.device("cpu"))  # type: ignore[arg-type]
+        super().__init__(StandIn(len(memory.local)), torch.device("cpu"))  # type: ignore[arg-type]
         self.memory, self.trace = memory, []
 
     def _grow(self, num_bytes: int) -> None:
