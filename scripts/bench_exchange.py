@@ -13,7 +13,6 @@ Dimensions: P ranks, T rows of the batch, t = T/P local rows.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from bench_exchange_paths import Data, TransportPath, build_paths, peer_path, without_z
-from bench_ranks import World, batch_lengths, capture, join_world, leave_world, time_by_turns
+from bench_ranks import World, batch_lengths, capture, join_world, leave, time_by_turns
 from kernel_cases import machine, write_json
 from torch import Tensor
 
@@ -237,9 +236,8 @@ def main(options: Options) -> int:
         world.say(f"note: {name}: {note}")
     print_table(rows, world)
     wrong = any(row.note.startswith("wrong") and row.path.startswith("gdn_cp") for row in rows)
-    leave_world(world)
     return int(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    leave(main(tyro.cli(Options)))

@@ -247,7 +247,7 @@ def build_paths(data: Data, group: Any, device: torch.device) -> tuple[dict[str,
     paths["gdn_cp plain"] = PlainPath(data, group)
     rows, padding = rank_major_rows(data.layout), data.layout.local_padding(rank)
     paths["gdn_cp nccl"] = TransportPath(data, CollectiveTransport(data.columns, group, rows, padding))
-    memory = peer_memory(group, device)
+    memory = peer_memory(group, device, "auto")
     if memory is None:
         notes["gdn_cp peer"] = "the ranks do not share peers' memory, see the log"
     else:

@@ -14,7 +14,6 @@ Dimensions: t local rows, T rows of the batch, h hidden size, P ranks.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -28,15 +27,15 @@ from bench_layer_compile import compile_ahead
 from bench_layer_pair import (
     OURS,
     THEIRS,
+    OtherPath,
     Runner,
     Widths,
     build_ours,
     build_theirs,
     describe_to_ours,
     describe_to_theirs,
-    group_without_peers,
     layer_config,
-    peer_memory_bytes,
+    other_path,
     share_weights,
     start_megatron,
 )
@@ -46,7 +45,7 @@ from bench_ranks import (
     capture,
     join_world,
     kernel_times,
-    leave_world,
+    leave,
     local_rank,
     print_kernels,
     time_by_turns,
@@ -125,14 +124,15 @@ class Layers:
     ours: nn.Module
     theirs: nn.Module | None
     a2a_sizes: tuple[int, ...]
-    nccl: torch.distributed.ProcessGroup | None  # where the layer's own group exchanges through peers' memory
+    other: OtherPath | None
 
     def runners(self, layout: ThdLayout) -> dict[str, Runner]:
         """Every contender by name, for one batch; megatron's first."""
         found = {} if self.theirs is None else {THEIRS: Runner(self.theirs, describe_to_theirs(layout))}
         found |= {f"{OURS} a2a={a}": Runner(self.ours, describe_to_ours(layout, a)) for a in self.a2a_sizes}
-        if self.nccl is not None:
-            found[f"{OURS} nccl"] = Runner(self.ours, describe_to_ours(layout, layout.cp_size, self.nccl))
+        if self.other is not None:
+            params = describe_to_ours(layout, layout.cp_size, self.other.group)
+            found[f"{OURS} {self.other.name}"] = Runner(self.ours, params)
         return found
 
 
@@ -295,13 +295,23 @@ def build_layers(options: Options, world: World) -> tuple[Layers, dict[str, str]
         torch.distributed.broadcast(parameter.data, 0, group=world.group)
     if theirs is not None:
         share_weights(ours, theirs)
-    nccl = group_without_peers(world.size, world.device)
-    return Layers(ours, theirs, options.a2a_sizes or divisors(world.size), nccl), notes
+    other = other_path(world.size, world.device)
+    return Layers(ours, theirs, options.a2a_sizes or divisors(world.size), other), notes
 
 
 def divisors(ranks: int) -> tuple[int, ...]:
     """Every a2a_size, the largest first."""
     return tuple(a for a in range(ranks, 0, -1) if ranks % a == 0)
+
+
+def pass_check(layers: Layers, options: Options, world: World, content: dict[str, Any]) -> bool:
+    """Keep the errors against float64 and notes on those that are too large; False if one is this package's."""
+    content["errors"] = accuracy = check_against_float64(layers, options.widths, options.check_tokens, world)
+    limit = LIMITS[torch.bfloat16 if world.device.type == "cuda" else torch.float32]
+    wrong = {name: "; ".join(too_large(errors, limit)) for name, errors in accuracy.items()}
+    content["notes"].update({name: words for name, words in wrong.items() if words})
+    world.say(f"errors against float64: {accuracy}")
+    return not any(words and name.startswith(OURS) for name, words in wrong.items())
 
 
 def main(options: Options) -> int:
@@ -316,14 +326,10 @@ def main(options: Options) -> int:
     quicken_autotuner()
     layers, notes = build_layers(options, world)
     content: dict[str, Any] = {"kind": "layer", "machine": machine(), "ranks": world.size, "notes": notes}
-    content["errors"] = accuracy = check_against_float64(layers, options.widths, options.check_tokens, world)
-    world.say(f"{time.monotonic() - started:.0f} s until checked; errors against float64: {accuracy}")
-    limit = LIMITS[torch.bfloat16 if world.device.type == "cuda" else torch.float32]
-    wrong = {name: too_large(errors, limit) for name, errors in accuracy.items() if too_large(errors, limit)}
-    notes.update({name: "; ".join(words) for name, words in wrong.items()})
-    if any(name.startswith(OURS) for name in wrong):
-        world.say(f"our own results are wrong, nothing is timed: {wrong}")
-        leave_world(world)
+    good = pass_check(layers, options, world, content)
+    world.say(f"{time.monotonic() - started:.0f} s until checked")
+    if not good:
+        world.say(f"our own results are wrong, nothing is timed: {notes}")
         return 1
     rows: list[Row] = []
     print_header(world)
@@ -335,7 +341,7 @@ def main(options: Options) -> int:
             replay_graphs(found, steps, options, world)
         rows += found
         print_rows(found, world)
-        content["peer_memory_bytes"] = peer_memory_bytes(world.device)
+        content["peer_memory_bytes"] = 0 if layers.other is None else layers.other.peer_bytes
         if world.rank == 0:
             write_json(options.output, {**content, "rows": [asdict(row) for row in rows]})
     world.say(
@@ -346,9 +352,8 @@ def main(options: Options) -> int:
     print_header(world)
     print_rows(rows, world)
     world.say(f"{time.monotonic() - started:.0f} s in all")
-    leave_world(world)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Options)))
+    leave(main(tyro.cli(Options)))

@@ -143,30 +143,6 @@ def describe_to_ours(layout: ThdLayout, a2a_size: int, group: dist.ProcessGroup 
     return packed_seq_params_from_layout(layout, group, a2a_size=a2a_size)
 
 
-def memory_of_peers(device: torch.device) -> PeerMemory | None:
-    """What the context-parallel group's ranks share, None where they exchange through NCCL."""
-    from megatron.core import parallel_state
-
-    group: Any = parallel_state.get_context_parallel_group()
-    return peer_memory(group, device)
-
-
-def peer_memory_bytes(device: torch.device) -> int:
-    """What that takes on this rank."""
-    memory = memory_of_peers(device)
-    return 0 if memory is None else memory.num_bytes
-
-
-def group_without_peers(world_size: int, device: torch.device) -> dist.ProcessGroup | None:
-    """A second group of all ranks that exchanges through NCCL; None where Megatron's does so too."""
-    if memory_of_peers(device) is None:
-        return None
-    other = dist.new_group(list(range(world_size)))
-    assert isinstance(other, dist.ProcessGroup)
-    peer_memory(other, device, "nccl")
-    return other
-
-
 def describe_to_theirs(layout: ThdLayout) -> Any:
     """The batch as Megatron's layer takes it."""
     from megatron.core.packed_seq_params import PackedSeqParams
@@ -182,3 +158,32 @@ def describe_to_theirs(layout: ThdLayout) -> Any:
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
     )
+
+
+@dataclass(frozen=True)
+class OtherPath:
+    """A second group of all ranks, which exchanges rows otherwise than Megatron's own: over "nccl" or "peer" memory."""
+
+    name: str
+    group: dist.ProcessGroup
+    memory: PeerMemory | None  # of whichever of the two groups has it
+
+    @property
+    def peer_bytes(self) -> int:
+        """What peers' memory takes on this rank."""
+        return 0 if self.memory is None else self.memory.num_bytes
+
+
+def other_path(world_size: int, device: torch.device) -> OtherPath | None:
+    """The other path's group; None where the ranks do not share their memory, and so there is no other."""
+    from megatron.core import parallel_state
+
+    first: Any = parallel_state.get_context_parallel_group()
+    memory = peer_memory(first, device)
+    group = dist.new_group(list(range(world_size)))
+    assert isinstance(group, dist.ProcessGroup)
+    if memory is not None:
+        peer_memory(group, device, "nccl")
+        return OtherPath("nccl", group, memory)
+    memory = peer_memory(group, device, "auto")
+    return None if memory is None else OtherPath("peer", group, memory)

@@ -81,20 +81,26 @@ def plot_bars(content: dict[str, Any]) -> Figure:
 
 def plot_groups(content: dict[str, Any], group: str, member: str, value: str, label: str) -> Figure:
     """Bars of row[value], side by side for each row[group], one colour for each row[member]."""
-    rows = [row for row in content["rows"] if row[value] is not None]
+    rows = [row for row in content["rows"] if row.get(value) is not None]
     groups, members = (list(dict.fromkeys(row[name] for row in rows)) for name in (group, member))
-    figure, axis = plt.subplots(figsize=(1.5 * len(groups) + 3, 3.8))
+    figure, axis = plt.subplots(figsize=(1.5 * len(groups) + 4, 3.8))
     width = 0.8 / len(members)
     for index, name in enumerate(members):
         mine = [row for row in rows if row[member] == name]
         places = [groups.index(row[group]) + (index + 0.5) * width - 0.4 for row in mine]
         axis.bar(places, [row[value] for row in mine], width, label=name)
     axis.set_xticks(range(len(groups)), [str(name) for name in groups])
-    axis.set_yscale("log" if value == "eager_ms" else "linear")  # cases differ by a factor of ten
     axis.set_ylabel(label)
-    axis.set_title(f"{content['ranks']} ranks")
-    axis.legend(fontsize=7)
+    axis.set_title(f"{content['ranks']} ranks", fontsize=9)
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def plot_layer(content: dict[str, Any]) -> Figure:
+    """Time per token of the batch, which makes cases of all sizes comparable."""
+    for row in content["rows"]:
+        row["per_token"] = None if row["eager_ms"] is None else 1e6 * row["eager_ms"] / row["tokens"]
+    return plot_groups(content, "case", "contender", "per_token", "forward + backward, ns per token")
 
 
 def draw(content: dict[str, Any], forward: bool) -> Figure:
@@ -102,7 +108,7 @@ def draw(content: dict[str, Any], forward: bool) -> Figure:
     if content["kind"] == "chunk":
         return plot_chunk(content, forward)
     if content["kind"] == "layer":
-        return plot_groups(content, "case", "contender", "eager_ms", "ms, forward + backward")
+        return plot_layer(content)
     if content["kind"] == "exchange":
         return plot_groups(content, "tokens", "path", "in_gb_per_s", "GB/s leaving a rank, way in")
     return plot_bars(content)

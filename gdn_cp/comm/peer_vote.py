@@ -4,7 +4,7 @@ Peer memory needs GPUs of one machine that reach each other over NVLink, process
 symmetric memory passes handles through the temporary folder, between process ids), and torch's symmetric memory itself.
 Every rank says what it finds missing; one objection anywhere sends all ranks to NCCL, with one line in the log.
 
-GDN_CP_EXCHANGE, or the argument `request` before it, says "auto" (the default), "nccl", or "peer", which makes what is
+GDN_CP_EXCHANGE, or the argument `request` before it, says "nccl" (the default), "auto", or "peer", which makes what is
 missing an error instead.
 """
 
@@ -26,6 +26,7 @@ import torch.distributed as dist
 from gdn_cp.comm.symmetric import PeerMemory
 
 REQUESTS = ("auto", "nccl", "peer")
+DEFAULT = "nccl"  # "auto" once the whole mixer has run over peers' memory on GPUs; its moves alone have
 VARIABLE = "GDN_CP_EXCHANGE"
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,13 @@ _answers: WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None] = WeakKeyDicti
 
 
 def read_request(request: str | None = None) -> str:
-    """The argument, else GDN_CP_EXCHANGE, else "auto".
+    """The argument, else GDN_CP_EXCHANGE, else "nccl".
 
     Raises:
         ValueError: for anything but "auto", "nccl" and "peer".
     """
     name = "request" if request is not None else VARIABLE
-    value = request if request is not None else os.environ.get(VARIABLE, "") or "auto"
+    value = request if request is not None else os.environ.get(VARIABLE, "") or DEFAULT
     if value not in REQUESTS:
         raise ValueError(f'{name}: got {value!r}; choose "auto", "nccl" or "peer"')
     return value

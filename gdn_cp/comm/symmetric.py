@@ -32,6 +32,7 @@ from gdn_cp.comm.transport import HeadBuffer, MixerColumns, RowBuffer
 
 SLOTS = 2
 BARRIER_TIMEOUT_MS = 30 * 60 * 1000  # a rank that is gone ends the others with a CUDA error, as NCCL's watchdog would
+LINE = 128  # bytes: a tile's rows that begin on a line travel as whole lines
 GRANULE = 2 * 2**20  # bytes of a page of device memory, which a slot is a multiple of
 
 
@@ -202,18 +203,21 @@ class PeerTransport:
 
     def _acquire(self, dtype: torch.dtype) -> Slot:
         """A slot for the largest of the moves, so that the first of them allocates for all."""
-        return self.arena.acquire(self.rows.shape[0] * self.columns.share_width * dtype.itemsize)
+        return self.arena.acquire(self.rows.shape[0] * _row(self.columns, dtype) * dtype.itemsize)
+
+    def _rows_in(self, slot: Slot, dtype: torch.dtype, *, transient: bool) -> RowBuffer:
+        data = slot.view(self.rows.shape[0], _row(self.columns, dtype), dtype)
+        return RowBuffer(data, None, self.columns.share_conv, transient=transient)
 
     def send_in(self, projected: Tensor, keep_z: bool) -> tuple[RowBuffer, Tensor]:
         """See `Transport`: a push, which copies z too."""
         c = self.columns
         z = projected.narrow(1, c.conv, c.v)
         kept = torch.empty(z.shape, dtype=z.dtype, device=z.device) if keep_z else None
-        route, slot = _way_in(c, self.arena.rank), self._acquire(projected.dtype)
+        route, slot = _way_in(c, self.arena.rank, projected.dtype), self._acquire(projected.dtype)
         exchange(projected, slot.addresses, route, self._own_rows, kept=kept, kept_column=c.conv, shape=self.shape)
         self.arena.settle()
-        data = slot.view(self.rows.shape[0], c.share_width, projected.dtype)
-        return RowBuffer(data, None, c.share_conv, transient=True), z if kept is None else kept
+        return self._rows_in(slot, projected.dtype, transient=True), z if kept is None else kept
 
     def return_out(self, o: Tensor) -> HeadBuffer:
         """See `Transport`: a push of each peer's rows out of o."""
@@ -236,26 +240,33 @@ class PeerTransport:
 
     def in_grad_buffer(self, like: Tensor) -> RowBuffer:
         """See `Transport`: a slot, out of which the peers will read. No move may come before `return_in_grad`."""
-        c = self.columns
-        slot = self._acquire(like.dtype)
-        return RowBuffer(slot.view(self.rows.shape[0], c.share_width, like.dtype), None, c.share_conv)
+        return self._rows_in(self._acquire(like.dtype), like.dtype, transient=False)
 
     def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
         """See `Transport`: a pull, which needs no memory beside `d_projected`."""
-        slot, route = self.arena.slot_of(buffer.data), _way_in(self.columns, self.arena.rank)
+        slot = self.arena.slot_of(buffer.data)
+        route = _way_in(self.columns, self.arena.rank, d_projected.dtype)
         self.arena.settle()
         exchange(d_projected, slot.addresses, route, self._own_rows, pull=True, shape=self.shape)
 
 
+def _row(c: MixerColumns, dtype: torch.dtype) -> int:
+    """Columns from row to row of a share: whole lines."""
+    line = LINE // dtype.itemsize
+    return -(-c.share_width // line) * line
+
+
 @lru_cache(maxsize=64)
-def _way_in(c: MixerColumns, rank: int) -> Route:
+def _way_in(c: MixerColumns, rank: int, dtype: torch.dtype) -> Route:
     """Between the projection (near) and shares in natural order (far)."""
-    widths = {0: c.qk, c.qk: c.qk, 2 * c.qk: c.v, c.gates: c.heads, c.gates + c.heads: c.heads}
-    sections, far = [], 0
-    for start, width in widths.items():
-        sections.append(Section(start, width // c.ranks, far, width // c.ranks))
-        far += width // c.ranks
-    return Route(tuple(sections), c.share_width, c.ranks, rank)
+    qk, v, heads = c.qk // c.ranks, c.v // c.ranks, c.heads // c.ranks
+    sections = (
+        Section(0, qk, 0, qk),
+        Section(c.qk, qk, qk, qk),
+        Section(2 * c.qk, v, 2 * qk, v),
+        Section(c.gates, heads, c.share_conv, heads, parts=2, apart=c.heads),
+    )
+    return Route(sections, _row(c, dtype), c.ranks, rank)
 
 
 @lru_cache(maxsize=64)

@@ -61,14 +61,15 @@ class TileShape:
 def _move_tiles(
     near, peers, rows, runs, first_run, num_runs, t, rank,
     P: tl.constexpr, NEAR_ROW: tl.constexpr, FAR_ROW: tl.constexpr, NATURAL_NEAR: tl.constexpr, PULL: tl.constexpr,
-    ALIGN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+    ALIGN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, JUMPS: tl.constexpr,
 ):  # fmt: skip
     """Walk over (peer, run of columns, block of rows), the peer fastest and from the next rank on, so that no two
-    ranks start on the same receiver. Run r of `runs` is (near column, its step per peer, far column, width)."""
+    ranks start on the same receiver. A run is (near column, its step per peer, far column, width, part, jump): of a
+    run that JUMPS, near columns leap by `jump` behind each `part` columns."""
     tiles = (t + BR - 1) // BR * num_runs * P
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         peer = (rank + 1 + tile) % P
-        run = runs + (first_run + tile // P % num_runs) * 4
+        run = runs + (first_run + tile // P % num_runs) * 6
         i = tile // P // num_runs * BR + tl.arange(0, BR)
         m_row = i < t
         place = tl.load(rows + (peer * t + i if NATURAL_NEAR else i), mask=m_row, other=0)
@@ -82,7 +83,10 @@ def _move_tiles(
         width = tl.multiple_of(tl.load(run + 3), ALIGN)
         # Without the hint on the address, which is a number to the compiler, stores would be two bytes wide.
         far = tl.multiple_of(tl.load(peers + peer).to(near.dtype), 16)
-        in_near = near + near_row[:, None] * NEAR_ROW + (near_column + column)[None, :]
+        near_column += column
+        if JUMPS:
+            near_column += column // tl.load(run + 4) * tl.load(run + 5)
+        in_near = near + near_row[:, None] * NEAR_ROW + near_column[None, :]
         in_far = far + far_row[:, None] * FAR_ROW + (far_column + column)[None, :]
         mask = m_row[:, None] & (column < width)[None, :]
         if PULL:
@@ -119,12 +123,13 @@ def exchange_kernel(
     are on the wire.
     """
     _move_tiles(
-        near, peers, rows, runs, 0, wide_runs, t, rank, P, NEAR_ROW, FAR_ROW, NATURAL_NEAR, PULL, ALIGN, BR, BC
+        near, peers, rows, runs, 0, wide_runs, t, rank, P, NEAR_ROW, FAR_ROW, NATURAL_NEAR, PULL, ALIGN, BR, BC,
+        False,
     )  # fmt: skip
     if HAS_NARROW:
         _move_tiles(
             near, peers, rows, runs, wide_runs, narrow_runs, t, rank, P, NEAR_ROW, FAR_ROW, NATURAL_NEAR, PULL,
-            ALIGN_NARROW, BR_NARROW, BC_NARROW,
+            ALIGN_NARROW, BR_NARROW, BC_NARROW, True,
         )  # fmt: skip
     if KEPT_WIDTH:
         _copy_tiles(near + KEPT_COLUMN, kept, t, NEAR_ROW, KEPT_WIDTH, BR, BC)
@@ -132,18 +137,29 @@ def exchange_kernel(
 
 @dataclass(frozen=True)
 class Section:
-    """`width` columns of every share: peer p's are near columns `near + p * near_step` on, far columns `far` on."""
+    """Columns of every share: peer p's are near columns `near + p * near_step` on, far columns `far` on, `width` many.
+
+    Narrow sections that lie side by side in the far tensor may be one of `parts` parts, each of `width` columns and
+    `apart` from the one before in the near tensor, so that a row of theirs is one access on the wire.
+    """
 
     near: int
     near_step: int
     far: int
     width: int
+    parts: int = 1
+    apart: int = 0
+
+    @property
+    def whole_width(self) -> int:
+        """Of all parts."""
+        return self.parts * self.width
 
 
 class Runs(NamedTuple):
     """A route's sections cut into runs of at most a tile's columns."""
 
-    table: Tensor  # int32 [R, 4], the wide ones first
+    table: Tensor  # int32 [R, 6], the wide ones first
     wide: int
     narrow: int
     wide_divisor: int  # of all numbers of the wide ones
@@ -179,20 +195,24 @@ class Route:
         return self._runs[key]
 
     def _cut(self, columns: int, device: torch.device) -> Runs:
-        wide = [s for s in self.sections if s.width >= NARROW]
-        narrow = [s for s in self.sections if s.width < NARROW]
-        narrow_columns = triton.next_power_of_2(max((s.width for s in narrow), default=1))
-        cut = [(s, start, columns) for s in wide for start in range(0, s.width, columns)]
-        cut += [(s, 0, narrow_columns) for s in narrow]
-        runs = [(s.near + start, s.near_step, s.far + start, min(most, s.width - start)) for s, start, most in cut]
-        table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 4)
+        wide = [s for s in self.sections if s.parts == 1 and s.width >= NARROW]
+        narrow = [s for s in self.sections if s not in wide]
+        narrow_columns = triton.next_power_of_2(max((s.whole_width for s in narrow), default=1))
+        runs = [
+            (s.near + start, s.near_step, s.far + start, min(columns, s.width - start), s.width, 0)
+            for s in wide
+            for start in range(0, s.width, columns)
+        ]
+        count = len(runs)
+        runs += [(s.near, s.near_step, s.far, s.whole_width, s.width, s.apart - s.width) for s in narrow]
+        table = torch.tensor(runs, dtype=torch.int32).reshape(-1, 6)
         if device.type == "cuda":
             table = table.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would synchronise
-        count = len(runs) - len(narrow)
         return Runs(table, count, len(narrow), _divisor(runs[:count]), _divisor(runs[count:]), narrow_columns)
 
 
 def _divisor(runs: Sequence[tuple[int, ...]]) -> int:
+    """What divides all columns of these runs, the ends of parts among them."""
     return math.gcd(*(number for run in runs for number in run)) if runs else 0
 
 
@@ -254,9 +274,9 @@ def compile_cases() -> list[CompileCase]:
     tensors = {"near": "*i16", "peers": "*i64", "rows": "*i32", "runs": "*i32"}
     numbers = dict.fromkeys(("wide_runs", "narrow_runs", "t", "rank"), "i32")
     sizes = {
-        "P": 4, "ALIGN": 8, "ALIGN_NARROW": 8, "BR": shape.rows, "BC": shape.columns, "BR_NARROW": 256, "BC_NARROW": 8,
+        "P": 4, "ALIGN": 8, "ALIGN_NARROW": 8, "BR": shape.rows, "BC": shape.columns, "BR_NARROW": 128, "BC_NARROW": 16,
     }  # fmt: skip
-    way_in = {"NATURAL_NEAR": False, "HAS_NARROW": True, "NEAR_ROW": 12352, "FAR_ROW": 2064, "KEPT_COLUMN": 8192}
+    way_in = {"NATURAL_NEAR": False, "HAS_NARROW": True, "NEAR_ROW": 12352, "FAR_ROW": 2112, "KEPT_COLUMN": 8192}
     way_out = {"NATURAL_NEAR": True, "HAS_NARROW": False, "NEAR_ROW": 1024, "FAR_ROW": 4096, "KEPT_COLUMN": 0}
     moves = {
         "push_in": way_in | {"PULL": False, "KEPT_WIDTH": 4096},

@@ -196,7 +196,7 @@ def votes(rank: int, world: int) -> dict[str, Any]:
         found["torn"] = str(error)
     automatic = dist.new_group(list(range(world)))
     assert isinstance(automatic, dist.ProcessGroup)
-    found["auto"] = type(peer_memory(automatic, device)).__name__
+    found["auto"] = type(peer_memory(automatic, device, "auto")).__name__
     return found
 
 

@@ -15,9 +15,9 @@ from gdn_cp.comm.peer_vote import VARIABLE, Facts, _place, decide, find_problem,
 
 def test_request_is_the_argument_then_the_variable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert read_request() == "auto"
-    monkeypatch.setenv(VARIABLE, "nccl")
     assert read_request() == "nccl"
+    monkeypatch.setenv(VARIABLE, "auto")
+    assert read_request() == "auto"
     assert read_request("peer") == "peer"
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match=r"GDN_CP_EXCHANGE: got 'fast'; choose"):

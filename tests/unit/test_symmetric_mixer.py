@@ -64,7 +64,7 @@ def test_two_micro_batches_in_flight_equal_one_rank(seqlens: list[int] | None):
     batches = [(torch.randn(12, DIMS.in_proj_dim), torch.randn(12, DIMS.sections[3])) for _ in range(2)]
     if padding is not None:
         batches = [tuple(x.masked_fill(padding[:, None], torch.nan) for x in batch) for batch in batches]  # type: ignore[misc]
-    size = layout.t_global * COLUMNS.share_width * 4
+    size = layout.t_global * (COLUMNS.share_width + 32) * 4
     ranks = run_threads(lambda arena: two_micro_batches(arena, layout, batches), P, size)
     for index, (x, dy) in enumerate(batches):
         module, leaf = layer(DIMS), x.clone().requires_grad_()
