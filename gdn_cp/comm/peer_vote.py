@@ -86,7 +86,8 @@ def peer_memory(group: dist.ProcessGroup, device: torch.device, request: str | N
 
 def _vote(group: dist.ProcessGroup, device: torch.device, wanted: str) -> bool:
     everyone: list[Facts] = [Facts("", "", "")] * group.size()
-    dist.all_gather_object(everyone, _facts(wanted, device), group=group)
+    mine = Facts(wanted, "", "") if wanted == "nccl" else _facts(wanted, device)  # of no use to anyone then
+    dist.all_gather_object(everyone, mine, group=group)
     requests = {facts.request for facts in everyone}
     if len(requests) > 1:
         raise ValueError(f"{VARIABLE}: the ranks request {sorted(requests)}; set the same on all of them")
