@@ -7,6 +7,7 @@ against the sums of their terms' magnitudes, since terms of both signs cancel in
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +18,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
+
 from gdn_cp import GatedDeltaNet, GdnDims, ThdLayout, gated_delta_net_mixer
+from gdn_cp import fused_mixer as fused_module
 from gdn_cp.comm.transport import HeadBuffer, LocalTransport, MixerColumns, RowBuffer
 from gdn_cp.fused_mixer import MixerParameters, fused_call, fused_mixer, refusal
 from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
@@ -197,6 +202,41 @@ def test_padded_rows_are_zero_and_nothing_is_kept_without_a_gradient():
         call = fused_call(x, parameters_of(module), dims, layout=layout, group=None, eps=1e-6)
         assert not call.keep
         assert torch.equal(fused_mixer(x, parameters_of(module), call), found["out"])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputed_activations_give_the_same_bits(reentrant: bool):
+    dims, layout = GdnDims(1, 1, 16, 16, 2), ThdLayout.zigzag([0, 9], 1, device=DEVICE)
+    module, (x, dy) = layer(dims), inputs(layout, dims, 0)
+
+    def recomputed(*call: Any) -> Tensor:
+        return checkpoint(fused, *call, use_reentrant=reentrant)
+
+    got, expected = (results(mixer, module, x, dy, layout, None) for mixer in (recomputed, fused))
+    assert all(torch.equal(got[name], value) for name, value in expected.items())
+
+
+def test_what_was_read_is_let_go_before_the_rule(monkeypatch: pytest.MonkeyPatch):
+    """The norm's inputs, unless the graph is kept for another backward."""
+    dims, layout = GdnDims(1, 1, 16, 16, 2), ThdLayout.zigzag([0, 9], 1, device=DEVICE)
+    module, (x, dy) = layer(dims), inputs(layout, dims, 0)
+    run_norm, run_rule, alive = fused_module._norm_backward, fused_module._rule_backward, []
+
+    def norm_backward(call: Any, d_out: Tensor, o: Tensor, *rest: Any) -> Any:
+        alive.append(StorageWeakRef(o.untyped_storage()))
+        return run_norm(call, d_out, o, *rest)
+
+    def rule_backward(*args: Any) -> Any:
+        gc.collect()  # the interpreter of the kernels leaves cycles
+        alive[-1] = not alive[-1].expired()
+        return run_rule(*args)
+
+    monkeypatch.setattr(fused_module, "_norm_backward", norm_backward)
+    monkeypatch.setattr(fused_module, "_rule_backward", rule_backward)
+    out = fused(module, x.requires_grad_(), layout, None)
+    torch.autograd.grad(out, x, dy, retain_graph=True)
+    torch.autograd.grad(out, x, dy)
+    assert alive == [True, False]
 
 
 def test_backward_again_gives_the_same_bits():
