@@ -50,9 +50,17 @@ step chunk "$python" scripts/bench_kernels.py chunk --output "$out/chunk.json" "
 step decode "$python" scripts/bench_kernels.py decode --output "$out/decode.json"
 step gate "$python" scripts/bench_kernels.py gate --output "$out/gate.json"
 jobs_of_ranks=()
-if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+if [ "$gpus" -ge 2 ]; then
+  ranks=2
+  [ "$gpus" -ge 4 ] && ranks=4
+  torchrun=("$python" -m torch.distributed.run --standalone --nproc-per-node "$ranks")
+  layer=()
+  [ "$mode" = quick ] && layer=(--cases 16k-one 64k-17mixed --a2a-sizes "$ranks" --repeats 5)
   step ranks "$python" -m pytest tests -q -m multi_gpu -p no:cacheprovider
-  jobs_of_ranks=(ranks)
+  step exchange "${torchrun[@]}" scripts/bench_exchange.py --output "$out/exchange.json"
+  step layer "${torchrun[@]}" scripts/bench_layer.py --output "$out/layer.json" "${layer[@]}"
+  jobs_of_ranks=(ranks exchange layer)
 fi
 
 for name in "${jobs_of_ranks[@]}" tests check gate decode chunk; do

@@ -1,4 +1,7 @@
-"""Peers' memory without GPUs: all ranks are threads of one process, and their slots lie in host memory."""
+"""Peers' memory without several GPUs: ranks are threads of one process, their slots lie in host or one GPU's memory.
+
+On a GPU all threads use its default stream, where work runs in the order in which the threads enqueue it.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,18 @@ from gdn_cp.comm.symmetric import SLOTS, Slot
 
 
 class HostMemory:
-    """Every rank's slots in host memory, full of 0xFF: NaN in any floating dtype."""
+    """Every rank's slots in one memory, full of 0xFF: NaN in any floating dtype."""
 
-    def __init__(self, ranks: int, num_bytes: int) -> None:
-        self.local = torch.full((ranks, SLOTS, num_bytes), 0xFF, dtype=torch.uint8)
+    def __init__(self, ranks: int, num_bytes: int, device: str = "cpu") -> None:
+        self.local = torch.full((ranks, SLOTS, num_bytes), 0xFF, dtype=torch.uint8, device=device)
 
     def slots(self, rank: int) -> list[Slot]:
         """One rank's view."""
-        return [
-            Slot(self.local[rank, i], torch.tensor([self.local[p, i].data_ptr() for p in range(len(self.local))]))
-            for i in range(SLOTS)
-        ]
+        found = []
+        for i in range(SLOTS):
+            addresses = [self.local[p, i].data_ptr() for p in range(len(self.local))]
+            found.append(Slot(self.local[rank, i], torch.tensor(addresses, device=self.local.device)))
+        return found
 
 
 class HostArena:
@@ -45,12 +49,12 @@ class HostArena:
         self.meet()
 
 
-def run_threads(function: Callable[..., Any], ranks: int, num_bytes: int) -> list[Any]:
+def run_threads(function: Callable[..., Any], ranks: int, num_bytes: int, device: str = "cpu") -> list[Any]:
     """`function(arena)` of every rank, each in a thread; one runs at a time, and they change where they settle.
 
     Triton's interpreter patches the language for the time of a launch, so launches must not overlap.
     """
-    memory, turn, barrier = HostMemory(ranks, num_bytes), threading.Lock(), threading.Barrier(ranks, timeout=60)
+    memory, turn, barrier = HostMemory(ranks, num_bytes, device), threading.Lock(), threading.Barrier(ranks, timeout=60)
     results: list[Any] = [None] * ranks
     failures: list[BaseException] = []
 
