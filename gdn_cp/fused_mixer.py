@@ -18,7 +18,7 @@ that trade heads for tokens; a share is what one of them holds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -80,6 +80,7 @@ class FusedCall:
         eps: of the gated norm.
         keep: whether a backward may follow.
         states: how states and the halo pass to and from other ranks, where sequences are continued there.
+        intra_card: chunks of a piece; None: chosen.
     """
 
     heads: GdnDims
@@ -91,6 +92,13 @@ class FusedCall:
     eps: float
     keep: bool
     states: FusedStates | None = None
+    intra_card: int | None = None
+
+    def with_rule(self, rule: RuleOptions, truncate: bool) -> FusedCall:
+        """This call with the `intra_card` of `rule`, its states truncated or not."""
+        assert self.states is not None
+        passing = replace(self.states.rule, options=replace(rule, backend="triton"), truncate=truncate)
+        return replace(self, states=replace(self.states, rule=passing), intra_card=rule.intra_card)
 
     @property
     def channels(self) -> Channels:
@@ -183,9 +191,10 @@ def _run_rule(
     q, k, v, alpha, beta = call.by_heads(qkv, gates)
     o, _, *of_rule = rule_forward(
         q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
-        A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False, intra_card=None, **_RULE,
+        A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
+        intra_card=call.intra_card, **_RULE,
     )  # fmt: skip
-    return o, of_rule, piece_chunks(q, v, call.cu_seqlens, None) if of_rule[-1].numel() else 0
+    return o, of_rule, piece_chunks(q, v, call.cu_seqlens, call.intra_card) if of_rule[-1].numel() else 0
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:

@@ -31,6 +31,7 @@ from gdn_cp.comm.all_to_all import cp_to_hp, hp_to_cp
 from gdn_cp.comm.choice import A2aSize, choose_a2a_size
 from gdn_cp.comm.groups import CpGroups, cp_groups
 from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.kernels.chunk import check_intra_card
 from gdn_cp.kernels.conv1d import causal_conv1d
 from gdn_cp.kernels.norm import gated_rms_norm
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs, run_rule
@@ -118,6 +119,8 @@ def gated_delta_net_mixer(
     a2a_size: A2aSize = None,
     norm_eps: float = 1e-6,
     backend: str | None = None,
+    intra_card: int | None = None,
+    truncate_states: bool = False,
 ) -> Tensor:
     """Mix the tokens of each sequence: from the input projection's output to the output projection's input.
 
@@ -142,6 +145,10 @@ def gated_delta_net_mixer(
             `gdn_cp.comm.groups.cp_groups`.
         norm_eps: epsilon of the gated RMSNorm.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
+        intra_card: chunks of 64 tokens to a piece into which one card cuts a sequence, as for
+            `gdn_cp.chunk_gated_delta_rule`; None chooses, 0 never cuts.
+        truncate_states: where states pass between ranks, let them end in segments over which they decay below a bound
+            (4.5e-5 of themselves), which saves their map; see `gdn_cp.kernels.segments.summarise_segments`.
 
     Returns:
         [t, HV*V] in the dtype of `projected`. Padded rows are zero, whatever stands in them (NaN too), and have no
@@ -158,6 +165,7 @@ def gated_delta_net_mixer(
     check_call(projected, dims, layout, group)
     check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
     check_eps(norm_eps)
+    rule = replace(RULE, backend=backend, intra_card=check_intra_card(intra_card))
     size = 1 if group is None else group.size()
     rank = 0 if group is None else group.rank()
     a2a_size = choose_a2a_size(a2a_size, layout, dims, element_size=projected.element_size())
@@ -166,7 +174,7 @@ def gated_delta_net_mixer(
     if projected.device.type == "cuda" and not torch.compiler.is_compiling():
         parameters = (conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
         whole_group = None if size == 1 else group
-        mixed = _mix_fused(projected, parameters, dims, layout, whole_group, groups, norm_eps, backend)
+        mixed = _mix_fused(projected, parameters, dims, layout, whole_group, groups, norm_eps, rule, truncate_states)
         if mixed is not None:
             return mixed
 
@@ -189,7 +197,8 @@ def gated_delta_net_mixer(
         dt_bias=_of_this_rank(dt_bias, (dims.num_v_heads,), head_index, a2a_size),
         layout=layout,
         groups=groups,
-        backend=backend,
+        rule=rule,
+        truncate_states=truncate_states,
     )
     o_cp = o_hp if layout is None else hp_to_cp(o_hp, layout, group, a2a_size=a2a_size)
 
@@ -206,7 +215,8 @@ def _mix_fused(
     group: dist.ProcessGroup | None,
     groups: CpGroups | None,
     eps: float,
-    backend: str | None,
+    rule: RuleOptions,
+    truncate_states: bool,
 ) -> Tensor | None:
     """The mixer as one function over Triton kernels (`gdn_cp.fused_mixer`), where they can serve the call."""
     if importlib.util.find_spec("triton") is None:
@@ -216,9 +226,10 @@ def _mix_fused(
     of_layer = MixerParameters(*parameters)
     whole = 1 if group is None else group.size()
     heads = dims.per_rank(whole if groups is None else groups.a2a_size)
-    if refusal(projected, of_layer, heads, layout, backend) is not None:
+    if refusal(projected, of_layer, heads, layout, rule.backend) is not None:
         return None
     call = fused_call(projected, of_layer, dims, layout=layout, group=group, eps=eps, groups=groups)
+    call = replace(call, intra_card=rule.intra_card) if call.states is None else call.with_rule(rule, truncate_states)
     return fused_mixer(projected, of_layer, call)
 
 
@@ -256,7 +267,8 @@ def mix_sequences(
     dt_bias: Tensor,
     layout: ThdLayout | None,
     groups: CpGroups | None,
-    backend: str | None,
+    rule: RuleOptions,
+    truncate_states: bool = False,
     output_final_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Convolution and delta rule along sequences for this rank's heads: [rows, ...] -> o [rows, HV*V].
@@ -271,14 +283,13 @@ def mix_sequences(
         assert layout is not None
         qkv = convolve_segments(qkv, conv1d_weight, conv1d_bias, layout, groups, activation="silu")
     inputs = split_heads(qkv, beta, alpha, heads, A_log, dt_bias)
-    options = replace(RULE, backend=backend)
     final_state = None
     if groups is None:
-        o, final_state = run_rule(inputs, options, cu_seqlens, output_final_state=output_final_state)
+        o, final_state = run_rule(inputs, rule, cu_seqlens, output_final_state=output_final_state)
     else:
         assert layout is not None
         assert not output_final_state
-        o = state_passing_delta_rule(inputs, options, layout, groups)
+        o = state_passing_delta_rule(inputs, rule, layout, groups, truncate=truncate_states)
     return o.squeeze(0).flatten(1), final_state
 
 
@@ -378,6 +389,8 @@ class GatedDeltaNet(nn.Module):
         a2a_size: A2aSize = None,
         backend: str | None = None,
         batch_first: bool = True,
+        intra_card: int | None = None,
+        truncate_states: bool = False,
     ) -> Tensor:
         """Run the layer on this rank's rows.
 
@@ -390,6 +403,7 @@ class GatedDeltaNet(nn.Module):
             a2a_size: ranks that trade heads for tokens.
             backend: implementation of the delta rule.
             batch_first: order of a three-dimensional input.
+            intra_card, truncate_states: see `gated_delta_net_mixer`.
 
         Returns:
             The same shape as `hidden_states`. Padded rows are zero.
@@ -405,6 +419,8 @@ class GatedDeltaNet(nn.Module):
             group=group,
             a2a_size=a2a_size,
             backend=backend,
+            intra_card=intra_card,
+            truncate_states=truncate_states,
         )
         out = self.out_proj(mixed)
         if hidden_states.dim() == 2:

@@ -15,7 +15,7 @@ states, R = W + S - 2 columns of the ring of inputs, HV value heads, K, V head d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -290,7 +290,7 @@ def prefill_mixer(
     qkv, z, beta, alpha = projected.split((dims.conv_dim, *dims.sections[3:]), dim=1)
     o, final = mix_sequences(
         qkv, beta, alpha, dims, conv1d_weight=conv1d_weight, conv1d_bias=conv1d_bias, A_log=A_log, dt_bias=dt_bias,
-        layout=layout, groups=None, backend=backend, output_final_state=True,
+        layout=layout, groups=None, rule=replace(RULE, backend=backend), output_final_state=True,
     )  # fmt: skip
     assert final is not None
     _fill(cache, qkv, layout.cu_seqlens_tensor().long(), final)

@@ -36,6 +36,7 @@ from torch.nn.functional import silu
 from gdn_cp.comm.choice import A2aSize, check_request, choose_a2a_size
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
 from gdn_cp.gated_delta_net import GdnDims, gated_delta_net_mixer, keep_precision
+from gdn_cp.kernels.chunk import check_intra_card
 from gdn_cp.megatron.compat import module_name, split_tensor_factory
 from gdn_cp.megatron.inference import mix_with_cache
 from gdn_cp.megatron.norm import gain_of
@@ -81,6 +82,7 @@ class GatedDeltaNet(MegatronModule):
         cp_comm_type: an attention setting, without meaning here, as pp_layer_offset.
         pp_layer_offset: see cp_comm_type.
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
+        intra_card, truncate_states: see `gdn_cp.gated_delta_net_mixer`.
         a2a_size: how context parallelism shares the work where the batch's packed_seq_params leave it open: the ranks
             that trade heads for tokens, a divisor of the group's size; "largest" that divides the heads, "auto" for
             the planner's choice for each batch (both take any head count); None for all of the group.
@@ -110,6 +112,8 @@ class GatedDeltaNet(MegatronModule):
         pp_layer_offset: int | None = None,
         backend: str | None = None,
         a2a_size: A2aSize = "largest",
+        intra_card: int | None = None,
+        truncate_states: bool = False,
     ) -> None:
         super().__init__(config)
         if pg_collection is None:
@@ -124,6 +128,7 @@ class GatedDeltaNet(MegatronModule):
         self.pg_collection = pg_collection
         self.layer_number = layer_number
         self.backend = backend
+        self.rule_options = {"intra_card": check_intra_card(intra_card), "truncate_states": truncate_states}
         modules = config.recompute_modules or []
         self.recompute_mixer = config.recompute_granularity == "selective" and "core_attn" in modules
         self.a2a_size: A2aSize = a2a_size
@@ -305,7 +310,13 @@ class GatedDeltaNet(MegatronModule):
         def mix(rows: Tensor) -> Tensor:
             arguments = self._mixer_arguments()
             return gated_delta_net_mixer(
-                rows, **arguments, layout=layout, group=group, a2a_size=a2a_size, backend=self.backend
+                rows,
+                **arguments,
+                layout=layout,
+                group=group,
+                a2a_size=a2a_size,
+                backend=self.backend,
+                **self.rule_options,
             )
 
         rows = projected.transpose(0, 1).flatten(0, 1)

@@ -43,7 +43,13 @@ _MLP_KEYS = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def get_gdn_layer_spec(
-    config: TransformerConfig, *, backend: str | None = None, a2a_size: A2aSize = "largest", experts: bool = True
+    config: TransformerConfig,
+    *,
+    backend: str | None = None,
+    a2a_size: A2aSize = "largest",
+    intra_card: int | None = None,
+    truncate_states: bool = False,
+    experts: bool = True,
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet in place of self-attention.
 
@@ -52,11 +58,17 @@ def get_gdn_layer_spec(
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
         a2a_size: how context parallelism shares the work, see `gdn_cp.megatron.GatedDeltaNet`. A batch's
             packed_seq_params may say otherwise.
+        intra_card, truncate_states: see `gdn_cp.gated_delta_net_mixer`.
         experts: False gives a dense layer in a model with `config.num_moe_experts`.
     """
     mixer = ModuleSpec(
         module=GatedDeltaNet,
-        params={"backend": backend, "a2a_size": a2a_size},
+        params={
+            "backend": backend,
+            "a2a_size": a2a_size,
+            "intra_card": intra_card,
+            "truncate_states": truncate_states,
+        },
         submodules=GatedDeltaNetSubmodules(in_proj=ColumnParallelLinear, out_norm=RMSNorm, out_proj=RowParallelLinear),
     )
     return _layer_spec(config, mixer, _GDN_KEYS, experts)
@@ -88,6 +100,8 @@ def get_hybrid_block_spec(
     *,
     backend: str | None = None,
     a2a_size: A2aSize = "largest",
+    intra_card: int | None = None,
+    truncate_states: bool = False,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     transformer_engine: bool = False,
@@ -98,7 +112,7 @@ def get_hybrid_block_spec(
         config: `linear_attention_freq` is a number (None: 4) or a list with 1 for GDN and 0 for attention per layer;
             `moe_layer_freq` says which layers have experts, if the model has them.
         backend: implementation of the delta rule.
-        a2a_size: of the GDN layers, see `get_gdn_layer_spec`.
+        a2a_size, intra_card, truncate_states: of the GDN layers, see `get_gdn_layer_spec`.
         vp_stage: virtual pipeline stage.
         pp_rank: pipeline rank; None: this process's.
         transformer_engine: use its modules, see `gdn_cp.megatron.transformer_engine`.
@@ -117,14 +131,16 @@ def get_hybrid_block_spec(
     else:
         offset = get_transformer_layer_offset(config, vp_stage=vp_stage, pp_rank=pp_rank)
         stage = range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank))
-    gdn: Any = partial(get_gdn_layer_spec, config, backend=backend, a2a_size=a2a_size)
+    choices: dict[str, Any] = {"intra_card": intra_card, "truncate_states": truncate_states}
+    choices |= {"backend": backend, "a2a_size": a2a_size}
+    gdn: Any = partial(get_gdn_layer_spec, config, **choices)
     attention: Any = partial(get_attention_layer_spec, config)
     final_norm: Any = RMSNorm
     if transformer_engine:
         from gdn_cp.megatron import transformer_engine as te
 
         engine = te.load_engine()
-        gdn = partial(te.gdn_layer_spec, config, engine, backend=backend, a2a_size=a2a_size)
+        gdn = partial(te.gdn_layer_spec, config, engine, **choices)
         attention, final_norm = partial(te.attention_layer_spec, config, engine), engine.norm
     sparse = moe_pattern(config)
     layers = [(gdn if pattern[layer] else attention)(experts=bool(sparse[layer])) for layer in stage]

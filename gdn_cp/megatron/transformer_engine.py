@@ -74,6 +74,8 @@ def gdn_layer_spec(
     *,
     backend: str | None = None,
     a2a_size: A2aSize = "largest",
+    intra_card: int | None = None,
+    truncate_states: bool = False,
     experts: bool = True,
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet, as `gdn_cp.megatron.get_gdn_layer_spec`, of TE modules.
@@ -83,7 +85,12 @@ def gdn_layer_spec(
     _check_fp8(config)
     mixer = ModuleSpec(
         module=GatedDeltaNet,
-        params={"backend": backend, "a2a_size": a2a_size},
+        params={
+            "backend": backend,
+            "a2a_size": a2a_size,
+            "intra_card": intra_card,
+            "truncate_states": truncate_states,
+        },
         submodules=GatedDeltaNetSubmodules(
             in_proj=engine.norm_and_column_linear, out_norm=engine.norm, out_proj=engine.row_linear
         ),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gdn_cp.comm.choice import check_request
+from gdn_cp.kernels.chunk import check_intra_card
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,11 @@ class ParallelConfig:
     """Ranks of a context-parallel group that trade heads for tokens in the GDN layers, a divisor of cp; between them
     states are passed. largest: as many as the heads allow; auto: the planner chooses for each pack; None: all cp
     ranks."""
+    intra_card: int | None = None
+    """Chunks of 64 tokens to a piece into which one GPU cuts a sequence to work on several at once. 0: never cut.
+    Default: cut where the GPU would be idle."""
+    truncate_states: bool = False
+    """Let states that are passed between ranks end in segments over which they decay below 4.5e-5 of themselves."""
     sequence_parallel: bool = False
     """Split norms and residuals by sequence over the tensor-parallel ranks."""
 
@@ -177,6 +183,7 @@ def check_config(config: TrainConfig, world_size: int) -> int:
         f"pad_multiple={data.pad_multiple} must be a multiple of {granule} for cp={cp}, tp={tp}; use {granule}",
     )
     _check_a2a_size(model, parallel)
+    check_intra_card(parallel.intra_card)
     _check_heads(model, tp, cp)
     _require(optim.warmup_steps >= 0, f"warmup_steps={optim.warmup_steps} must not be negative")
     _require(run.steps >= 1, f"steps={run.steps} must be at least 1")

@@ -91,7 +91,13 @@ def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
     )
     model_parallel_cuda_manual_seed(config.run.seed)
     transformer = megatron_config(config, ranks)
-    block: Any = get_hybrid_block_spec(transformer, backend=config.run.gdn_backend, a2a_size=config.parallel.a2a_size)
+    block: Any = get_hybrid_block_spec(
+        transformer,
+        backend=config.run.gdn_backend,
+        a2a_size=config.parallel.a2a_size,
+        intra_card=config.parallel.intra_card,
+        truncate_states=config.parallel.truncate_states,
+    )
     model = GPTModel(
         config=transformer,
         transformer_layer_spec=block,

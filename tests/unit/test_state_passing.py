@@ -241,3 +241,19 @@ def test_truncation_is_within_its_bound_and_off_by_default(run_ranks):
     assert max(max(errors) for errors in results) > 0
     # Where a segment loses 1 nat nothing is truncated, and not a bit is different.
     assert run_ranks(truncated_output, 2, 64, 0.03) == [(0.0, 0.0)] * 2
+
+
+def switched_mixer(rank: int, world: int) -> float:
+    """The largest relative difference that the mixer's `truncate_states` makes to this rank's output."""
+    dims = GdnDims(1, 2, head_k_dim=8, head_v_dim=8)
+    layout = ThdLayout.contiguous([0, 96 * world], world)
+    projected, d_out = (layout.shard(x, rank) for x in batch(dims, 96 * world, torch.float64))
+    call = {"layout": layout, "group": dist.group.WORLD, "a2a_size": 1, "intra_card": 0}
+    # exp(A_log) of about 0.4 and softplus(dt_bias) of about 1: 96 tokens lose far more than 10 nats.
+    whole, cut = (run_mixer(dims, projected, d_out, 1.0, truncate_states=on, **call) for on in (False, True))
+    return relative_error(cut["out"], whole["out"])
+
+
+def test_the_mixer_truncates_states_where_it_is_told_to(run_ranks):
+    errors = run_ranks(switched_mixer, 3)
+    assert 0 < max(errors) < 4.5e-5
