@@ -39,6 +39,7 @@ from gdn_cp.kernels.configs import (
 )
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
+from gdn_cp.kernels.tuned import tuned_launches
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -73,6 +74,13 @@ class Gradients(NamedTuple):
 
 
 def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int) -> BackwardLaunch:
+    """The shipped settings, or those of a tuning run where the user asked for them (see `tuned.py`)."""
+    launch = _shipped_config(device, dtype, K, V, walks)
+    tuned = tuned_launches(capability(device), dtype, K) if K == V else {}
+    return launch._replace(**{name: tuned[name] for name in ("scores", "dq", "dk") if name in tuned})
+
+
+def _shipped_config(device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int) -> BackwardLaunch:
     """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others.
 
     A step of the chains is shorter with fewer columns of the state per program, which costs multiprocessors: `walks`,

@@ -1,8 +1,8 @@
 """Launch configurations of the chunked delta-rule kernels, one fixed choice per architecture, dtype and head dims.
 
 Nothing is tuned while training runs and no choice depends on lengths, so that a new packed length never costs a tuning
-run and equal inputs give equal bits. Only sm_90 (H200) was measured. sm_80 and sm_100 follow by reasoning from their
-shared memory and are untested.
+run and equal inputs give equal bits; a file of settings tuned beforehand may replace some (`tuned.py`). Only sm_90
+(H200) was measured. sm_80 and sm_100 follow by reasoning from their shared memory and are untested.
 
 Dimensions: K key head dim, V value head dim, BV columns of the state that one program carries.
 """
@@ -17,6 +17,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from gdn_cp.kernels.tuned import tuned_launches
 
 _Rest = ParamSpec("_Rest")
 _Result = TypeVar("_Result")
@@ -122,6 +124,11 @@ def prepare_config(device: torch.device, dtype: torch.dtype, K: int) -> Launch:
         launch = replace(launch, solve_precision="tf32x3")
     if dtype != torch.float32 and K > 128:
         launch = replace(launch, products_warps=8)
+    tuned = tuned_launches(capability(device), dtype, K)
+    if "solve" in tuned:
+        launch = replace(launch, solve_block=tuned["solve"][0], solve_warps=tuned["solve"][1])
+    if "products" in tuned:
+        launch = replace(launch, products_warps=tuned["products"][0], products_stages=tuned["products"][1])
     return launch
 
 

@@ -219,7 +219,7 @@ def choose_tile(K: int, V: int, state_bytes: int, state_v_first: bool, bfloat16_
     if state_v_first:
         return Tile(BK, min(BV, max(16 * 128 // BK, 1)), 1, False)
     if state_bytes == 4 or not bfloat16_inputs:
-        return Tile(BK, min(BV, 64 * 128 // BK), 2 if BK * BV >= 4096 else 1, False)
+        return Tile(BK, min(BV, 64 * 128 // BK), max(1, min(4, BK * BV // 2048)), False)
     BV = min(BV, 128 * 128 // BK)
     return Tile(BK, BV, max(1, min(4, BK * BV // 4096)), True)
 
