@@ -101,7 +101,7 @@ def compare(layout: ThdLayout, dims: GdnDims, group: dist.ProcessGroup | None, b
     ("dims", "layout"),
     [
         (GdnDims(1, 2, 16, 16, 4), ThdLayout.zigzag([0, 5, 5, 73], 1)),
-        (GdnDims(2, 2, 16, 32, 2), ThdLayout.zigzag([0, 9, 20], 1, seqlens=[0, 8])),
+        (GdnDims(1, 4, 16, 32, 2), ThdLayout.zigzag([0, 9, 20], 1, seqlens=[0, 8])),
         (GdnDims(1, 3, 32, 16, 3), ThdLayout.batched(2, 6, 1)),
     ],
 )

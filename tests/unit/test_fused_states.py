@@ -36,7 +36,7 @@ def on_ranks(rank: int, world: int) -> dict[str, float]:
         # The second sequence ends inside rank 0's first segment of it: whole segments, and halos, are padding.
         "padded zigzag": (ThdLayout.zigzag([0, 72, 80], world, seqlens=[63, 2]), GdnDims(2, 2, 16, 16, 4)),
         # Segments shorter than the halo, a sequence that lies on one rank, no sequence at all.
-        "contiguous": (ThdLayout.contiguous([0, 2, 2, 3, 20, 24], world), GdnDims(1, 2, 16, 16, 4)),
+        "contiguous": (ThdLayout.contiguous([0, 2, 2, 3, 20, 24], world), GdnDims(1, 4, 16, 16, 4)),
     }
     found = {}
     for name, (layout, dims) in cases.items():
