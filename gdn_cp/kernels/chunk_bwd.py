@@ -114,6 +114,13 @@ def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2
     return -(-num_chunks // slices)
 
 
+def summary_chunks(num_chunks: int, HV: int, K: int, element_size: int = 2) -> int:
+    """Chunks of a slice when only gradients of states are walked, which needs X and Y and nothing else; at least 1."""
+    fitting = max(SLICE_BYTES // (HV * CHUNK * (K + CHUNK) * element_size), 16)
+    slices = -(-num_chunks // fitting)
+    return -(-num_chunks // max(slices, 1)) or 1
+
+
 @launches
 def chunk_gated_delta_rule_bwd(
     do: Tensor,
@@ -243,11 +250,14 @@ class Slices:
         self.M: Tensor | None = None
         self.carries: Tensor | None = None
 
-    def bounds(self) -> list[tuple[int, int, int]]:
-        """(index, first chunk, end) of each slice, last slice first; one empty slice where there is no chunk."""
-        NT = self.tables.num_chunks
-        starts = range(0, max(NT, 1), self.size)
-        return [(index, c0, min(c0 + self.size, NT)) for index, c0 in reversed(list(enumerate(starts)))]
+    def bounds(self, size: int = 0) -> list[tuple[int, int, int]]:
+        """(index, first chunk, end) of each slice, last slice first; one empty slice where there is no chunk.
+
+        `size`: chunks of a slice; 0: those of the whole backward.
+        """
+        NT, size = self.tables.num_chunks, size or self.size
+        starts = range(0, max(NT, 1), size)
+        return [(index, c0, min(c0 + size, NT)) for index, c0 in reversed(list(enumerate(starts)))]
 
     def summarise(self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None) -> Tensor:
         """The gradient [NP, HV, K, V] of the state before each piece, from that behind it: zero, `dht` for last pieces.
@@ -256,7 +266,8 @@ class Slices:
         """
         shape = (self.tables.num_pieces, self.HV, self.K, self.V)
         summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
-        for index, c0, c1 in self.bounds():
+        size = summary_chunks(self.tables.num_chunks, self.HV, self.K, self.q.element_size())
+        for index, c0, c1 in self.bounds(size):
             absent = [None] * 3  # states of the forward
             self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 5, summaries, state_v_first)
         return summaries
@@ -288,27 +299,27 @@ class Slices:
         directions = 2 if summaries is None else 1
         chains_kernel[(directions * tables.num_pieces * self.HV * cdiv(self.V, bv),)](
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
-            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index), *results,
-            summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,
+            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index, c1 - c0),
+            *results, summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,
             SUMMARY=summaries is not None, **options, **self.constants,
         )  # fmt: skip
 
     def _products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
-        """X and Yt of a slice; kept if it is the only one, for a summary and the walk after it need both."""
+        """X and Yt of a slice; kept if the backward has only one, for a summary and the walk after it need both."""
         found = self.products
         if found is None:
             found = prepare_products(
                 self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0
             )
-            if self.size >= self.tables.num_chunks:
+            if c1 - c0 == self.tables.num_chunks <= self.size:
                 self.products = found
         X, Yt = found
         assert Yt is not None
         return X, Yt
 
-    def _carries(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+    def _carries(self, index: int, chunks: int) -> tuple[Tensor | None, Tensor | None]:
         """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes."""
-        if self.size >= self.tables.num_chunks:
+        if chunks == self.tables.num_chunks:
             return None, None
         if self.carries is None:
             shape = (2, self.HV, self.K, self.V)

@@ -23,7 +23,7 @@ from functools import lru_cache
 
 import torch
 
-from gdn_cp.kernels.chunk_bwd import slice_chunks
+from gdn_cp.kernels.chunk_bwd import slice_chunks, summary_chunks
 from gdn_cp.kernels.configs import ChainLaunch, chain_config, multiprocessors
 
 PIECES_VARIABLE = "GDN_CP_PIECE_CHUNKS"
@@ -34,6 +34,7 @@ _MERGE = (7.5, 5.0)  # to compose one more piece, forward and backward, as long 
 _MERGE_BLOCKS = (16, 8)  # programs of a merge for each sequence and head, at V = 128
 _WALK = 12.0  # a walk of no steps: launch, tables, first loads, last stores
 _PRODUCTS = 0.018  # the products of one chunk and head, which a sliced backward makes once more for summaries
+_DOUBT = 1.1  # walks of pieces took up to so much longer than predicted, those of whole sequences hardly at all
 _LEAST_STEPS = 4  # chunks of a piece
 _PIECES = (*range(1, 17), *(part << level for level in range(2, 6) for part in range(5, 9)))
 
@@ -111,7 +112,7 @@ def best_cut(shape: Shape, fixed: int | None = None) -> tuple[int, int]:
         candidates = [pieces for pieces in _PIECES if pieces == 1 or shape.chunks >= _LEAST_STEPS * pieces]
     pieces, block_v = min(
         ((pieces, block_v) for pieces in candidates for block_v in _FORWARD),
-        key=lambda choice: predict(shape, *choice),
+        key=lambda choice: predict(shape, *choice) * (_DOUBT if choice[0] > 1 else 1.0),
     )
     if fixed is not None:
         return block_v, fixed
@@ -153,7 +154,11 @@ def _backward(shape: Shape, pieces: int) -> float:
     path = min(steps, length)
     work = walks / shape.sequences * length / shape.processors
     total = slices * (_WALK + main * max(path, 2 * work))
-    again = slices * (_WALK + summary * max(path, work)) + _PRODUCTS * all_chunks * shape.heads
+    if not summaries:
+        return total
+    length = summary_chunks(all_chunks, shape.heads, shape.K, shape.element_size)
+    slices, work = -(-all_chunks // length), walks / shape.sequences * length / shape.processors
+    again = slices * (_WALK + summary * max(min(steps, length), work)) + _PRODUCTS * all_chunks * shape.heads
     return total + summaries * again + merges
 
 

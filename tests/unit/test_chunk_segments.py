@@ -50,9 +50,11 @@ def assert_equal_to_recurrence(inputs: TokenInputs, chains, options: RuleOptions
     d_output = torch.randn(inputs.v.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     o, gradients = run_in_segments(inputs, options, chains, d_output)
     wanted_o, wanted = expected_results(inputs, chains, d_output)
+    # A_log's and dt_bias' are sums over tokens that may cancel: against what is summed, as in `tests.delta_rule`.
+    least = {name: float(wanted[3].norm()) for name in ("A_log", "dt_bias")}
     for name, x, y in zip(("o", *vars(inputs)), (o, *gradients), (wanted_o, *wanted), strict=True):
         assert x is not None
-        error = float((x.cpu().double() - y).norm() / y.norm())
+        error = float((x.cpu().double() - y).norm()) / max(float(y.norm()), least.get(name, 0.0))
         assert error < TOLERANCE, f"{name}: relative error {error:.1e}"
 
 
@@ -67,6 +69,7 @@ def test_output_and_gradients_are_those_of_whole_sequences(chains, pieces):
 def test_slices_of_the_backward_cut_through_segments(monkeypatch):
     for module in (chunk_bwd, chunk_segments):
         monkeypatch.setattr(module, "slice_chunks", lambda *_: 2)
+    monkeypatch.setattr(chunk_bwd, "summary_chunks", lambda *_: 2)
     chains, inputs = ((30,), (65, 130)), make_inputs(225, HV=1)
     assert_equal_to_recurrence(inputs, chains, replace(OPTIONS, intra_card=1))
     assert_equal_to_recurrence(inputs, chains, OPTIONS)

@@ -145,6 +145,7 @@ def test_slices_of_two_chunks_change_nothing(case, pieces, monkeypatch):
     whole = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE)
     for module in (chunk_bwd, chunk_triton):
         monkeypatch.setattr(module, "slice_chunks", lambda *_: 2)
+    monkeypatch.setattr(chunk_bwd, "summary_chunks", lambda *_: 2)
     sliced = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE)
     for name, gradient in whole.items():
         assert torch.equal(gradient, sliced[name]), f"gradient of {name}"
@@ -195,6 +196,14 @@ def test_gradient_of_the_output_may_be_a_view():
         from_view = torch.autograd.grad(o, wanted, view, retain_graph=True)
         from_copy = torch.autograd.grad(o, wanted, view.contiguous(), retain_graph=True)
         assert all(torch.equal(x, y) for x, y in zip(from_view, from_copy, strict=True))
+
+
+def test_summaries_are_walked_in_longer_slices():
+    chunks = 1024
+    longer = chunk_bwd.summary_chunks(chunks, HV=32, K=128)
+    assert longer > chunk_bwd.slice_chunks(chunks, HV=32, K=128, V=128)
+    assert longer * 32 * 2 * 64 * (128 + 64) <= chunk_bwd.SLICE_BYTES  # X and Y of every chunk and head
+    assert chunk_bwd.summary_chunks(0, HV=32, K=128) == 1
 
 
 def test_slice_rule():
