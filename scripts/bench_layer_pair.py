@@ -103,29 +103,45 @@ def build_ours(config: Any, device: torch.device) -> nn.Module:
     return GatedDeltaNet(config, parts, layer_number=1).to(device)
 
 
+@dataclass(frozen=True)
+class TheirClasses:
+    """Megatron's own layer, the class of its parts, and a note on how it runs."""
+
+    layer: type[Any]
+    parts: type[Any]
+    note: str
+
+
+def find_theirs() -> TheirClasses | str:
+    """Megatron's own layer on flash-linear-attention, or why the installed packages have no such layer."""
+    fla = load_fla()
+    if isinstance(fla, str):
+        return fla
+    try:
+        from megatron.core.ssm.gated_delta_net import common, gdn  # type: ignore[import-not-found]
+    except ImportError:
+        version = importlib.metadata.version("megatron-core")
+        return f"megatron-core {version} has no GatedDeltaNet with context parallelism; 0.19.2 has"
+    note = "; ".join(filter(None, (f"on flash-linear-attention {fla.version}", fla.note)))
+    return TheirClasses(gdn.GatedDeltaNet, common.GatedDeltaNetSubmodules, note)
+
+
 def build_theirs(config: Any, device: torch.device) -> tuple[nn.Module | None, str]:
     """Megatron's own layer on plain Megatron modules and flash-linear-attention, with a note on how it runs.
 
     None, and the reason, where the installed packages have no such layer.
     """
-    fla = load_fla()
-    if isinstance(fla, str):
-        return None, fla
-    try:
-        from megatron.core.ssm.gated_delta_net import common, gdn  # type: ignore[import-not-found]
-    except ImportError:
-        version = importlib.metadata.version("megatron-core")
-        return None, f"megatron-core {version} has no GatedDeltaNet with context parallelism; 0.19.2 has"
+    theirs = find_theirs()
+    if isinstance(theirs, str):
+        return None, theirs
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    parts = common.GatedDeltaNetSubmodules(
-        in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear
-    )
+    parts = theirs.parts(in_proj=ColumnParallelLinear, out_norm=WrappedTorchNorm, out_proj=RowParallelLinear)
     groups = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
-    layer = gdn.GatedDeltaNet(config, parts, layer_number=1, pg_collection=groups)
-    return layer.to(device, config.params_dtype), fla.note
+    layer = theirs.layer(config, parts, layer_number=1, pg_collection=groups)
+    return layer.to(device, config.params_dtype), theirs.note
 
 
 @torch.no_grad()

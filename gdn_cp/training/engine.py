@@ -199,6 +199,13 @@ class MegatronEngine:
                 parameter.copy_(master)
 
 
+def build_engine(module: nn.Module, optim: OptimConfig, ranks: Ranks, transformer: Any) -> Engine:
+    """The way that fits the device; `transformer` is the model's TransformerConfig."""
+    if ranks.device.type == "cpu":
+        return TorchEngine(module, optim, ranks)
+    return MegatronEngine(module, optim, ranks, transformer)
+
+
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 

@@ -17,7 +17,7 @@ from gdn_cp.training import checkpoint
 from gdn_cp.training.config import TrainConfig, check_config
 from gdn_cp.training.corpus import read_documents
 from gdn_cp.training.data import Corpus, PackStream, StepPlan
-from gdn_cp.training.engine import Engine, MegatronEngine, TorchEngine
+from gdn_cp.training.engine import build_engine
 from gdn_cp.training.faults import Progress, Watchdog, located
 from gdn_cp.training.flops import peak_tflops, training_flops
 from gdn_cp.training.metrics import METRICS_FILE, RunLog, StepMetrics, peak_memory_gib, read_steps
@@ -90,11 +90,7 @@ class _Run:
         self.entropy = corpus.unigram_entropy()
         self.stream = PackStream(corpus, config.data.token_budget, config.data.pad_multiple, config.run.seed)
         self.module, transformer = build_model(config, ranks)
-        self.engine: Engine = (
-            TorchEngine(self.module, config.optim, ranks)
-            if ranks.device.type == "cpu"
-            else MegatronEngine(self.module, config.optim, ranks, transformer)
-        )
+        self.engine = build_engine(self.module, config.optim, ranks, transformer)
         self.step = 0
         self.progress = Progress(ranks.rank)
         if resumed is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -75,12 +76,28 @@ def gdn_dims(model: ModelConfig, tp_size: int) -> GdnDims:
     return GdnDims(keys, values, model.gdn_head_dim, model.gdn_head_dim, model.gdn_conv)
 
 
-def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
-    """(GPTModel on this rank's device, its TransformerConfig), with weights that depend on the seed alone."""
+def hybrid_decoder(config: TrainConfig, transformer: Any) -> Any:
+    """Megatron's specs of the decoder's layers, Gated DeltaNet by this package."""
+    from gdn_cp.megatron import get_hybrid_block_spec
+
+    return get_hybrid_block_spec(
+        transformer,
+        backend=config.run.gdn_backend,
+        a2a_size=config.parallel.a2a_size,
+        intra_card=config.parallel.intra_card,
+        truncate_states=config.parallel.truncate_states,
+    )
+
+
+def build_model(
+    config: TrainConfig, ranks: Ranks, decoder: Callable[[TrainConfig, Any], Any] = hybrid_decoder
+) -> tuple[nn.Module, Any]:
+    """(GPTModel on this rank's device, its TransformerConfig), with weights that depend on the seed alone.
+
+    `decoder` gives the specs of the layers (a TransformerBlockSubmodules) from the run and Megatron's config.
+    """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    from gdn_cp.megatron import get_hybrid_block_spec
 
     torch.manual_seed(config.run.seed)
     prepare_cp_groups(
@@ -91,16 +108,9 @@ def build_model(config: TrainConfig, ranks: Ranks) -> tuple[nn.Module, Any]:
     )
     model_parallel_cuda_manual_seed(config.run.seed)
     transformer = megatron_config(config, ranks)
-    block: Any = get_hybrid_block_spec(
-        transformer,
-        backend=config.run.gdn_backend,
-        a2a_size=config.parallel.a2a_size,
-        intra_card=config.parallel.intra_card,
-        truncate_states=config.parallel.truncate_states,
-    )
     model = GPTModel(
         config=transformer,
-        transformer_layer_spec=block,
+        transformer_layer_spec=decoder(config, transformer),
         vocab_size=config.model.vocab,
         max_sequence_length=config.data.token_budget,
         parallel_output=True,

@@ -3,8 +3,11 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.functional.jobs import write_text
 
 SCRIPTS = str(Path(__file__).parents[2] / "scripts")
 
@@ -138,3 +141,94 @@ def wrong_results(rank: int, world_size: int) -> list[str]:
 
 def test_a_bit_that_is_wrong_on_one_rank_is_named_on_all(run_ranks):
     assert run_ranks(wrong_results, 2) == [["out"], ["out"]]
+
+
+def proxy_options(output: Path, **choices: Any) -> Any:
+    from bench_proxy import Options
+
+    small = {"preset": "tiny", "tokens": 256, "data": output.parent / "text", "steps": 2, "warm_up": 1}
+    return Options(output=output, **(small | choices))
+
+
+def proxy_benchmark(rank: int, world_size: int, output: str) -> int:
+    in_scripts()
+    import bench_proxy
+
+    return bench_proxy.main(proxy_options(Path(output), against="gdn_cp", a2a_size=1))
+
+
+def wrong_layer(rank: int, world_size: int, output: str) -> tuple[int, list[list[float]], list[dict[str, float]]]:
+    """(what `compare` says, each job's weights, first steps apart before and after) where the second job is changed."""
+    in_scripts()
+    import bench_proxy
+    import torch
+    from bench_ranks import join_world
+
+    world, options = join_world(), proxy_options(Path(output))
+    config = bench_proxy.training_config(options, world_size)
+    corpus = bench_proxy.Corpus.build(bench_proxy.read_documents(config.data.data), bench_proxy.ByteTokenizer())
+    stream = bench_proxy.PackStream(corpus, config.data.token_budget, config.data.pad_multiple, seed=5)
+    plans = (stream.next_step(1),)
+    decoders = {"one": bench_proxy.hybrid_decoder, "two": bench_proxy.hybrid_decoder}
+    with bench_proxy.model_parallel(config.parallel, world.device, 1.0) as ranks:
+        jobs = bench_proxy.build_jobs(config, ranks, decoders)
+        race = bench_proxy.Race(config, world, ranks, stream, plans)
+        first = [bench_proxy.first_step(job, race) for job in jobs]
+        apart = [bench_proxy.difference(*first, race)]
+        weights = [[p.double().sum().item() for p in job.engine.module.parameters()] for job in jobs]
+        with torch.no_grad():
+            for name, parameter in jobs[1].engine.module.named_parameters():
+                if name.endswith("0.self_attention.conv1d.weight"):
+                    parameter.copy_(parameter.flip(-1))
+        apart.append(bench_proxy.difference(first[0], bench_proxy.first_step(jobs[1], race), race))
+        return bench_proxy.compare(race, jobs, options, {}), weights, apart
+
+
+def test_proxy_benchmark_steps_by_turns_and_writes_every_block(run_ranks, tmp_path: Path):
+    pytest.importorskip("megatron.core")
+    write_text(tmp_path / "text")
+    output = tmp_path / "proxy.json"
+    assert run_ranks(proxy_benchmark, 2, str(output)) == [0, 0]
+    content = json.loads(output.read_text())
+    assert content["layout"] == "TP=1 CP=2 DP=1 on 2 cpu rank(s)"
+    assert content["machine"]["commit"]
+    assert content["config"]["parallel"]["a2a_size"] == 1
+    assert max(content["apart"].values()) == 0
+    ours, again = "gdn_cp", "gdn_cp again"
+    blocks = content["blocks"]
+    assert [b["contender"] for b in blocks] == [ours, again, again, ours, ours, again]
+    assert [b["block"] for b in blocks] == [1, 1, 2, 2, 3, 3]
+    losses = {name: [b["last_loss"] for b in blocks if b["contender"] == name] for name in (ours, again)}
+    assert losses[ours] == losses[again]
+    assert losses[ours][2] < losses[ours][0] < content["first_step"][ours]["loss"]
+    for block in blocks:
+        assert len(block["step_ms"]) == len(content["packs"]) == 2
+        assert min(block["step_ms"]) <= block["median_ms"] <= max(block["step_ms"])
+        assert min(block["step_ms"]) > 0
+
+
+def test_a_proxy_that_computes_something_else_is_not_timed(run_ranks, tmp_path: Path):
+    pytest.importorskip("megatron.core")
+    write_text(tmp_path / "text")
+    output = tmp_path / "proxy.json"
+    for code, weights, (before, after) in run_ranks(wrong_layer, 2, str(output)):
+        assert code == 1
+        assert weights[0] == weights[1]
+        assert max(before.values()) == 0
+        assert after["token_losses"] > 1e-2  # 50 times what float32 may differ by
+    assert not output.exists()
+
+
+def test_choices_of_the_proxy_benchmark_that_time_nothing_are_refused():
+    in_scripts()
+    from bench_proxy import training_config
+
+    for choices, words in (
+        ({"steps": 0}, "steps=0"),
+        ({"cp": 0}, "cp=0"),
+        ({"cp": 3}, "cp=3"),
+        ({"warm_up": -1}, "-1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            training_config(proxy_options(Path("proxy.json"), **choices), 4)
+    assert training_config(proxy_options(Path("proxy.json"), cp=2), 4).data.packs_per_step == 2
