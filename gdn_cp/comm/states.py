@@ -154,7 +154,6 @@ def _spread(routes: StateRoutes, merged: Tensor, route: Route, to_steps: Tensor,
 def _exchange(parts: list[tuple[Tensor, Route]], group: dist.ProcessGroup, *, to_composers: bool) -> list[Tensor]:
     """One all-to-all of matrices [count_i, K_i, V_i], each kind with its own route; a peer's kinds travel together."""
     sizes = [(r.to_composers, r.from_members) if to_composers else (r.from_members, r.to_composers) for _, r in parts]
-    pieces = [x.split(sent) for (x, _), (sent, _) in zip(parts, sizes, strict=True)]
     elements = [x.shape[1] * x.shape[2] for x, _ in parts]
     splits_in, splits_out = (
         [
@@ -163,9 +162,15 @@ def _exchange(parts: list[tuple[Tensor, Route]], group: dist.ProcessGroup, *, to
         ]
         for way in (0, 1)
     )
-    sent = torch.cat([piece.reshape(-1) for per_peer in zip(*pieces, strict=True) for piece in per_peer])
+    if len(parts) == 1:  # stands peer by peer already
+        sent = parts[0][0].reshape(-1)
+    else:
+        pieces = [x.split(count) for (x, _), (count, _) in zip(parts, sizes, strict=True)]
+        sent = torch.cat([piece.reshape(-1) for per_peer in zip(*pieces, strict=True) for piece in per_peer])
     received = sent.new_empty(sum(splits_out))
     dist.all_to_all_single(received, sent, splits_out, splits_in, group=group)
+    if len(parts) == 1:
+        return [received.view(-1, *parts[0][0].shape[1:])]
     by_kind: list[list[Tensor]] = [[] for _ in parts]
     for peer, block in enumerate(received.split(splits_out)):
         counts = [size[1][peer] * width for size, width in zip(sizes, elements, strict=True)]
