@@ -11,7 +11,8 @@ from torch import Tensor
 
 def check_cu_seqlens(cu_seqlens: Tensor, T: int, device: torch.device, owner: str) -> None:
     """Raise ValueError unless cu_seqlens is an int32 or int64 vector [N + 1] on `device`, that of the argument `owner`,
-    and, where it is on the CPU, cuts T rows; TypeError for what is no tensor. Reading it on a GPU would wait for it."""
+    and, where it is on the CPU, cuts T rows; TypeError for what is no tensor. Reading it on a GPU would wait for it,
+    and while torch.compile traces there is nothing to read."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"cu_seqlens must be a torch.Tensor, got {type(cu_seqlens).__name__}")
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
@@ -23,7 +24,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, T: int, device: torch.device, owner: st
         raise ValueError(
             f"cu_seqlens is on {cu_seqlens.device} but {owner} is on {device}: move cu_seqlens to {device}"
         )
-    if device.type == "cpu":
+    if device.type == "cpu" and not torch.compiler.is_compiling():
         read_bounds(cu_seqlens, T)
 
 

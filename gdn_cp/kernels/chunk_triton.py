@@ -51,6 +51,11 @@ def _absent(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
+def _no_states(like: Tensor, *dims: int) -> Tensor:
+    """Stands for no pieces: their number may be 0 or not where shapes are symbols, their rank is fixed."""
+    return like.new_empty((0, *dims), dtype=torch.float32)
+
+
 def _checkpoints(num_chunks: int, length: int, HV: int, K: int, V: int) -> tuple[int, ...]:
     """Shape of the states that a backward in slices of `length` chunks starts from."""
     return (-(-num_chunks // length), HV, K, V) if length else (0,)
@@ -111,7 +116,7 @@ def rule_forward(
         slice_chunks=length,
     )
     kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
-    starts, sums = pieces or (_absent(q), _absent(q))
+    starts, sums = pieces or (_no_states(q, HV, K, V), _no_states(q, HV, K, V + K))
     G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)
     return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints, starts, sums
 
@@ -130,8 +135,11 @@ def _(
     else:
         N = cu_seqlens.shape[0] - 1
         NT = (T + (CHUNK - 1) * N) // CHUNK
-    cut = chain_plan(q.device, q.dtype, int(N), int(B * T), HV, K, V, intra_card=intra_card)[1]
-    NP = N + (NT // cut if cut else 0)
+    if isinstance(N, torch.SymInt) or isinstance(B * T, torch.SymInt):
+        pieces = torch.library.get_ctx().new_dynamic_size()  # the cut is chosen when the numbers are known
+    else:
+        cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)[1]
+        pieces = N + NT // cut if cut and NT // cut else 0
     state = ((N, HV, V, K) if state_v_first else (N, HV, K, V)) if output_final_state else (0,)
     norms = (NT, H, CHUNK) if use_qk_l2norm_in_kernel else (0,)
 
@@ -147,8 +155,8 @@ def _(
         float32(*norms),
         q.new_empty((NT, HV, CHUNK, CHUNK)),
         float32(*_checkpoints(NT, slice_chunks(NT, HV, K, V, q.element_size()), HV, K, V)),
-        float32(*((NP, HV, K, V) if NP > N else (0,))),
-        float32(*((NP, HV, K, V + K) if NP > N else (0,))),
+        float32(pieces, HV, K, V),
+        float32(pieces, HV, K, V + K),
     )
 
 
@@ -211,14 +219,31 @@ def rule_backward(
     return dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias
 
 
-_backward = torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_bwd", rule_backward, mutates_args=())
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """`rule_backward` with the forward's `intra_card` in the place of `piece_chunks`: while torch.compile traces
+    lengths as symbols nobody knows the pieces, and here they are known."""
+    *rest, intra_card = arguments
+    q, v, sums, cu_seqlens = rest[2], rest[4], rest[14], rest[19]
+    return rule_backward(*rest, piece_chunks(q, v, cu_seqlens, intra_card) if sums.numel() else 0)
+
+
+_backward = torch.library.custom_op(
+    "gdn_cp::chunk_gated_delta_rule_bwd",
+    _backward_op,
+    mutates_args=(),
+    schema="(Tensor do, Tensor? dht, Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor G, Tensor bt, "
+    "Tensor rq, Tensor rk, Tensor Ag, Tensor checkpoints, Tensor starts, Tensor sums, float scale, "
+    "Tensor? initial_state, Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens, bool use_qk_l2norm_in_kernel, "
+    "bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, bool state_v_first, bool need_dh0, int? intra_card) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_backward.register_fake
 def _(
     do, dht, q, k, v, g, beta, G, bt, rq, rk, Ag, checkpoints, starts, sums, scale, initial_state, A_log, dt_bias,
     cu_seqlens,
-    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, need_dh0, piece_chunks,
+    use_qk_l2norm_in_kernel, use_gate_in_kernel, use_beta_sigmoid_in_kernel, state_v_first, need_dh0, intra_card,
 ):  # fmt: skip
     HV, N = v.shape[2], q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     state = (N, HV, v.shape[3], q.shape[3]) if state_v_first else (N, HV, q.shape[3], v.shape[3])
@@ -254,9 +279,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.save_for_backward(q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, *output[2:])
-    ctx.scale, ctx.flags, ctx.piece_chunks = scale, flags, 0
-    if output[-1].numel():
-        ctx.piece_chunks = piece_chunks(q, v, cu_seqlens, intra_card)
+    ctx.scale, ctx.flags, ctx.intra_card = scale, flags, intra_card
 
 
 def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -279,7 +302,7 @@ def _autograd(ctx: Any, do: Tensor | None, dht: Tensor | None, *_: None) -> tupl
         cu_seqlens,
         *ctx.flags,
         initial_state is not None and ctx.needs_input_grad[6],
-        ctx.piece_chunks,
+        ctx.intra_card,
     )
 
     def gradient(x: Tensor | None, dx: Tensor) -> Tensor | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -213,3 +217,32 @@ def test_slice_rule():
     # Per chunk and head, in bfloat16: two states, X and what follows it in the same memory, and U.
     assert 0 < length * 32 * 2 * (2 * 128 * 128 + 64 * 128 + 64 * 128) <= chunk_bwd.SLICE_BYTES
     assert chunk_bwd.slice_chunks(length, HV=32, K=128, V=128) == 0
+
+
+COMPILED = """
+import torch
+from gdn_cp import chunk_gated_delta_rule
+
+def loss(q, k, v, g, beta, A_log, cu_seqlens):
+    o, _ = chunk_gated_delta_rule(
+        q, k, v, g, beta, cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True, A_log=A_log,
+        use_beta_sigmoid_in_kernel=True, backend="triton", intra_card=1,
+    )
+    return (2 * o).sum()
+
+compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+for bounds in ([0, 30, 100], [0, 70, 75, 140]):
+    T = bounds[-1]
+    x = [torch.randn(1, T, 1, 16), torch.randn(1, T, 1, 16), torch.randn(1, T, 2, 16), torch.randn(1, T, 2)]
+    x = [leaf.requires_grad_() for leaf in (*x, torch.randn(1, T, 2), torch.rand(2))]
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    got, expected = (torch.autograd.grad(f(*x, cu_seqlens), x) for f in (compiled, loss))
+    print(all(torch.equal(a, b) for a, b in zip(got, expected)))
+"""
+
+
+def test_torch_compile_sees_one_graph_for_all_lengths():
+    environment = {key: x for key, x in os.environ.items() if key != "TORCHDYNAMO_DISABLE"}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[2]), "TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["True", "True"], done.stderr[-2000:]
