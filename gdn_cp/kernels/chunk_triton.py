@@ -224,7 +224,8 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     lengths as symbols nobody knows the pieces, and here they are known."""
     *rest, intra_card = arguments
     q, v, sums, cu_seqlens = rest[2], rest[4], rest[14], rest[19]
-    return rule_backward(*rest, piece_chunks(q, v, cu_seqlens, intra_card) if sums.numel() else 0)
+    cut = piece_chunks(q, v, cu_seqlens, intra_card) if sums.numel() else 0
+    return rule_backward(*rest, piece_chunks=cut)
 
 
 _backward = torch.library.custom_op(
