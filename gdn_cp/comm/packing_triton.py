@@ -224,7 +224,7 @@ def _map_rows(x: Tensor, y: Tensor, rows: Tensor | None, *, scatter: bool) -> Te
 
 
 def compile_cases() -> list[CompileCase]:
-    """Qwen3-Next's widths over 4 ranks in bfloat16: packing with z, unpacking with padding, rows both ways."""
+    """Qwen3-Next's widths over 4 ranks in bfloat16: packing with z, unpacking with padding, rows both ways, columns."""
     from gdn_cp.kernels.compile_report import CompileCase
 
     sizes = _constants(MixerColumns(2048, 4096, 32, 4))
@@ -247,5 +247,10 @@ def compile_cases() -> list[CompileCase]:
                 {"D": 1024, "BR": BR, "BC": BC, "SCATTER": scatter, "MAPPED": True}, NUM_WARPS, divisible=strides,
             )
             for scatter in (True, False)
+        ),
+        CompileCase(
+            "packing.copy", map_rows_kernel, {name: kind for name, kind in rows.items() if name != "rows"},
+            {"D": 4096, "BR": BR, "BC": BC, "SCATTER": False, "MAPPED": False, "rows": None}, NUM_WARPS,
+            divisible=strides,
         ),
     ]  # fmt: skip

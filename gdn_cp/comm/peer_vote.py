@@ -80,7 +80,8 @@ def peer_memory(group: dist.ProcessGroup, device: torch.device, request: str | N
             raise ValueError(f'{VARIABLE}: "peer" needs GPUs, but the tensors are on {device}; choose "auto"')
         return None
     if group not in _answers:
-        _answers[group] = PeerMemory(group, device) if _vote(group, device, wanted) else None
+        with torch.cuda.device(device):  # the vote's objects travel by way of the current one
+            _answers[group] = PeerMemory(group, device) if _vote(group, device, wanted) else None
     return _answers[group]
 
 

@@ -429,9 +429,11 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
         ("scores", scores_kernel, launch.scores, ""),
         ("dq", dq_kernel, launch.dq, ""),
         ("dk", dk_kernel, launch.dk, ""),
+        ("chains of pieces in slices", chains_kernel, launch.chains, "roles initial_state dht dh0 summaries"),
+        ("summary in slices", chains_kernel, launch.chains, "dht starts checkpoint ends h dh M dv dh0"),
     ):
         block_v, options = _options(config)
-        given = constants | {"BV": block_v, "STAGES": options["STAGES"], "SUMMARY": name == "summary"}
+        given = constants | {"BV": block_v, "STAGES": options["STAGES"], "SUMMARY": name.startswith("summary")}
         given = {n: x for n, x in (given | dict.fromkeys(absent.split())).items() if n in kernel.arg_names}
         tokens, states = [CHUNK, block_v], [dim, block_v]
         blocks = {"v": tokens, "do": tokens, "U": tokens, "M": tokens, "W": tokens, "h": states, "dh": states}

@@ -27,9 +27,9 @@ MIN_TAPS, MAX_TAPS = 2, 8
 MAX_WARPS = 4
 FORWARD_BYTES = 16  # of a row that one thread reads
 FORWARD_GROUP = 8  # rows whose loads are issued together
-# In the backward a thread also holds W + 1 sums and W - 1 unfinished rows for each channel. With 4 channels and 4 rows
-# of x and of dy at a time 16 warps fit on a multiprocessor for W = 4; with 8 channels 8 warps, which compute too long
-# between loads to keep the memory busy.
+# In the backward a thread also holds W + 1 sums and W - 1 unfinished rows for each channel. With 4 channels, and 4 rows
+# of x and of dy in work while the next 4 are loaded, it takes about 160 registers for W = 4: 12 warps fit on a
+# multiprocessor. With 8 channels 8 warps did, even without loading ahead, which left the memory idle between loads.
 BACKWARD_CHANNELS = 4
 BACKWARD_GROUP = 4
 # Programs for each multiprocessor below which chunks are not joined. Joined chunks share one read of the weights and

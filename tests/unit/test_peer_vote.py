@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 pytest.importorskip("triton")
 
+from gdn_cp.comm import peer_vote
 from gdn_cp.comm.peer_vote import VARIABLE, Facts, _place, decide, find_problem, peer_memory, read_request
 
 
@@ -62,6 +65,33 @@ def test_one_objection_sends_all_to_nccl_with_one_line(caplog: pytest.LogCapture
 def test_processes_of_one_folder_share_a_place():
     assert _place() == _place()
     assert len(_place()) > 10
+
+
+class Group:
+    """A process group, as far as the vote's caller looks at it."""
+
+    def size(self) -> int:
+        return 2
+
+
+def test_the_vote_travels_by_way_of_the_tensors_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Ranks that never called `torch.cuda.set_device` would all vote on the first GPU, which NCCL refuses."""
+    current: list[torch.device] = []
+    votes: list[list[torch.device]] = []
+
+    @contextmanager
+    def make_current(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    monkeypatch.setattr(peer_vote, "_vote", lambda *_: votes.append(list(current)) is not None)
+    device, group = torch.device("cuda", 1), Group()
+    for _ in range(2):
+        assert peer_memory(group, device, "nccl") is None  # type: ignore[arg-type]
+    assert votes == [[device]], "one vote, on the tensors' device"
+    assert not current
 
 
 def ask_on_cpu(rank: int, world: int) -> str:
