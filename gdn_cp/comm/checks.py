@@ -14,7 +14,8 @@ def assert_same_on_all_ranks(layout: ThdLayout, group: dist.ProcessGroup | None)
     """Raise ValueError on every rank of `group`, naming the ranks that differ, unless all were given equal layouts.
 
     Compares a 64-bit digest of kind, cp_size and lengths: one all-gather of 8 bytes per rank, and on GPUs one
-    synchronisation, so call it while loading data and not in every layer. `group` None is one rank: nothing to compare.
+    synchronisation, so call it while loading data and not in every layer. Under NCCL the digest travels by way of the
+    current GPU, so set that before. `group` None is one rank: nothing to compare.
     The ranks said to differ are those that do not have the most frequent layout (on a tie, rank 0's counts as right).
     """
     if group is None:

@@ -72,6 +72,8 @@ def cp_groups(group: dist.ProcessGroup, a2a_size: int, timeout: timedelta | None
     for the pair, and calls for the sizes 1 and all, communicate nothing. The groups end with
     `dist.destroy_process_group()`; `group` itself is not kept alive, and a group made anew gets new ones.
     Call once before capturing a CUDA graph. `timeout` is that of the new groups' collectives; None: PyTorch's default.
+    Under NCCL the first call needs each rank's GPU to be the current one (`torch.cuda.set_device`), by way of which
+    PyTorch gathers objects.
 
     Raises ValueError, before any collective, if a2a_size does not divide the group's size.
     """
