@@ -1,4 +1,4 @@
-"""What every test shares: quiet threads, poisoned memory, and one way to run a function on several ranks."""
+"""What every test shares: quiet threads, poisoned memory, settled examples, one way to run a function on several ranks."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # megatron-core compiles at i
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.ranks import preload_megatron
 from tests.ranks import run_ranks as _run_ranks
@@ -16,6 +17,10 @@ from tests.ranks import run_ranks as _run_ranks
 # Without a GPU the same kernel tests run under Triton's interpreter, which must be chosen before any kernel is defined.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The same examples on every run, so that a test turns red only by a change; GDN_CP_EXPLORE=1 draws new ones.
+settings.register_profile("gdn_cp", derandomize=os.environ.get("GDN_CP_EXPLORE") != "1", deadline=None)
+settings.load_profile("gdn_cp")
 
 torch.set_num_threads(1)
 # Fills torch.empty with NaN, so that an element that nobody wrote is seen.

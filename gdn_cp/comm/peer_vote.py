@@ -4,7 +4,7 @@ Peer memory needs GPUs of one machine that reach each other over NVLink, process
 symmetric memory passes handles through the temporary folder, between process ids), and torch's symmetric memory itself.
 Every rank says what it finds missing; one objection anywhere sends all ranks to NCCL, with one line in the log.
 
-GDN_CP_EXCHANGE, or the argument `request` before it, says "nccl" (the default), "auto", or "peer", which makes what is
+GDN_CP_EXCHANGE, or the argument `request` before it, says "auto" (the default), "nccl", or "peer", which makes what is
 missing an error instead.
 """
 
@@ -26,7 +26,7 @@ import torch.distributed as dist
 from gdn_cp.comm.symmetric import PeerMemory
 
 REQUESTS = ("auto", "nccl", "peer")
-DEFAULT = "nccl"  # "auto" once the whole mixer has run over peers' memory on GPUs; its moves alone have
+DEFAULT = "auto"
 VARIABLE = "GDN_CP_EXCHANGE"
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ _answers: WeakKeyDictionary[dist.ProcessGroup, PeerMemory | None] = WeakKeyDicti
 
 
 def read_request(request: str | None = None) -> str:
-    """The argument, else GDN_CP_EXCHANGE, else "nccl".
+    """The argument, else GDN_CP_EXCHANGE, else "auto".
 
     Raises:
         ValueError: for anything but "auto", "nccl" and "peer".
@@ -81,8 +81,20 @@ def peer_memory(group: dist.ProcessGroup, device: torch.device, request: str | N
         return None
     if group not in _answers:
         with torch.cuda.device(device):  # the vote's objects travel by way of the current one
-            _answers[group] = PeerMemory(group, device) if _vote(group, device, wanted) else None
+            _answers[group] = _open(group, device, wanted) if _vote(group, device, wanted) else None
     return _answers[group]
+
+
+def _open(group: dist.ProcessGroup, device: torch.device, wanted: str) -> PeerMemory | None:
+    """The memory, tried out: a sandbox may forbid what everything that can be asked allowed."""
+    memory, problem = PeerMemory(group, device), ""
+    try:
+        memory.open()
+    except RuntimeError as error:
+        problem = f"torch's symmetric memory: {error}"
+    problems = [""] * group.size()
+    dist.all_gather_object(problems, problem, group=group)
+    return memory if decide(wanted, problems, group.rank()) else None
 
 
 def _vote(group: dist.ProcessGroup, device: torch.device, wanted: str) -> bool:

@@ -94,6 +94,10 @@ class PeerMemory:
         """What the slots take of this rank's memory, which torch's allocator does not count."""
         return SLOTS * self._capacity
 
+    def open(self) -> None:
+        """Allocate a first, small piece. All ranks call it; RuntimeError where the system forbids it."""
+        self._grow(GRANULE)
+
     def acquire(self, num_bytes: int) -> Slot:
         """See `Arena`.
 

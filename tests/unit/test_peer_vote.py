@@ -18,9 +18,9 @@ from gdn_cp.comm.peer_vote import VARIABLE, Facts, _place, decide, find_problem,
 
 def test_request_is_the_argument_then_the_variable(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert read_request() == "nccl"
-    monkeypatch.setenv(VARIABLE, "auto")
     assert read_request() == "auto"
+    monkeypatch.setenv(VARIABLE, "nccl")
+    assert read_request() == "nccl"
     assert read_request("peer") == "peer"
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(ValueError, match=r"GDN_CP_EXCHANGE: got 'fast'; choose"):
@@ -92,6 +92,33 @@ def test_the_vote_travels_by_way_of_the_tensors_gpu(monkeypatch: pytest.MonkeyPa
         assert peer_memory(group, device, "nccl") is None  # type: ignore[arg-type]
     assert votes == [[device]], "one vote, on the tensors' device"
     assert not current
+
+
+def open_where_forbidden(rank: int, world: int, wanted: str) -> tuple[str, str]:
+    """What a rank gets where its neighbour's system forbids shared memory: the answer, or the refusal."""
+
+    class Memory:
+        def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
+            pass
+
+        def open(self) -> None:
+            if rank == 1:
+                raise RuntimeError("pidfd_getfd: not permitted")
+
+    peer_vote.PeerMemory = Memory  # type: ignore[assignment, misc]  # of this process alone
+    group = dist.group.WORLD
+    assert group is not None
+    try:
+        return str(peer_vote._open(group, torch.device("cpu"), wanted)), ""
+    except ValueError as error:
+        return "", str(error)
+
+
+def test_memory_that_one_system_forbids_is_nobodys(run_ranks):
+    assert run_ranks(open_where_forbidden, 2, "auto") == [("None", "")] * 2
+    for answer, refusal in run_ranks(open_where_forbidden, 2, "peer"):
+        assert not answer
+        assert "rank 1: torch's symmetric memory: pidfd_getfd: not permitted" in refusal
 
 
 def ask_on_cpu(rank: int, world: int) -> str:
