@@ -1,4 +1,4 @@
-"""What every test shares: quiet threads, poisoned memory, settled examples, one way to run a function on several ranks."""
+"""What every test shares: quiet threads, poisoned memory, settled examples, and one way to run on several ranks."""
 
 from __future__ import annotations
 
