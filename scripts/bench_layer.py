@@ -63,6 +63,7 @@ CASES = {  # tokens, sequences, whether their lengths are mixed
     "16k-one": (16384, 1, False),
     "16k-four": (16384, 4, False),
     "16k-17mixed": (16384, 17, True),
+    "32k-one": (32768, 1, False),
     "64k-one": (65536, 1, False),
     "64k-four": (65536, 4, False),
     "64k-17mixed": (65536, 17, True),

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# compute-sanitizer over a small set of kernel cases: memcheck (addresses) and racecheck (shared memory).
+# compute-sanitizer over a small set of kernel cases: memcheck (addresses) and racecheck (shared memory); and over the
+# fused mixer with the exchange through peers' memory, whose ranks are threads on one GPU (the barrier is left out).
 #
 #     scripts/sanitize_kernels.sh FOLDER
 #
@@ -12,11 +13,18 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTORCH_NO_CUDA_MEMORY_CACHI
 python=${PYTHON:-python3}
 status=0
 
-# Compile first: under the tool only the kernels themselves should run.
-"$python" scripts/sanitize_cases.py >"$out/sanitize_plain.log" 2>&1 || { tail -n 20 "$out/sanitize_plain.log"; exit 1; }
-for tool in memcheck racecheck; do
-  timeout "${SANITIZE_SECONDS:-150}" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
-    "$python" scripts/sanitize_cases.py >"$out/sanitize_$tool.log" 2>&1 || status=1
-  echo "== $tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/sanitize_$tool.log" || tail -n 3 "$out/sanitize_$tool.log")"
-done
+exchange="tests/gpu/test_symmetric_one_gpu.py::test_two_micro_batches_in_flight_have_the_bits_of_one_rank[2-False]"
+sanitize() { # sanitize NAME COMMAND...: compile first, for under the tool only the kernels themselves should run
+  local name=$1
+  shift
+  "$@" >"$out/$name.log" 2>&1 || { tail -n 20 "$out/$name.log"; status=1; return; }
+  for tool in memcheck racecheck; do
+    timeout "${SANITIZE_SECONDS:-150}" compute-sanitizer --tool "$tool" --error-exitcode 9 --print-limit 5 \
+      "$@" >"$out/${name}_$tool.log" 2>&1 || status=1
+    echo "== $name, $tool: $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$out/${name}_$tool.log" ||
+      tail -n 3 "$out/${name}_$tool.log")"
+  done
+}
+sanitize kernels "$python" scripts/sanitize_cases.py
+sanitize exchange "$python" -m pytest -q -p no:cacheprovider "$exchange"
 exit $status
