@@ -31,7 +31,7 @@ from gdn_cp.comm.symmetric_triton import Route, Section, TileShape, exchange
 from gdn_cp.comm.transport import HeadBuffer, MixerColumns, RowBuffer
 
 SLOTS = 2
-BARRIER_TIMEOUT_MS = 30 * 60 * 1000  # a rank that is gone ends the others with a CUDA error, as NCCL's watchdog would
+BARRIER_TIMEOUT_MS = 10 * 60 * 1000  # a rank that is gone ends the others with a CUDA error; NCCL waits as long
 LINE = 128  # bytes: a tile's rows that begin on a line travel as whole lines
 GRANULE = 2 * 2**20  # bytes of a page of device memory, which a slot is a multiple of
 
