@@ -341,7 +341,9 @@ def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: f
         transport=transport,
         eps=eps,
         keep=keep,
-        states=fused_states(layout, groups, channels, heads.num_v_heads, dims.conv_kernel, options),
+        states=fused_states(
+            layout, groups, channels, (heads.num_v_heads, heads.head_k_dim, heads.head_v_dim), dims.conv_kernel, options
+        ),
     )
 
 

@@ -102,9 +102,10 @@ class EdgeGradients:
 
 
 def fused_states(
-    layout: ThdLayout, groups: CpGroups, channels: Channels, heads: int, taps: int, options: RuleOptions
-) -> FusedStates | None:
-    """State passing of a call whose ranks hold `heads` value heads each; None where no sequence crosses ranks."""
+    layout: ThdLayout, groups: CpGroups, channels: Channels, heads: tuple[int, int, int], taps: int,
+    options: RuleOptions,
+) -> FusedStates | None:  # fmt: skip
+    """State passing of a call on ranks that hold `heads` (value heads, K, V) each; None where nothing crosses ranks."""
     rule = passing_call(options, layout, groups, heads)
     if rule is None:
         return None

@@ -20,19 +20,19 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gdn_cp.comm import states
 from gdn_cp.comm.groups import CpGroups
 from gdn_cp.comm.halo import HaloRoutes, halo_routes, return_halo, send_halo
 from gdn_cp.comm.layout import SegmentTable, ThdLayout
+from gdn_cp.comm.states import StateRoutes, state_routes
 from gdn_cp.kernels.conv1d import causal_conv1d
 from gdn_cp.kernels.segments import (
     RuleOptions,
     SegmentRule,
     TokenInputs,
     begin_segment_backward,
-    merge_states,
     run_rule,
 )
+from gdn_cp.state_exchange import StateExchange, state_exchange
 
 
 def convolve_segments(
@@ -148,7 +148,8 @@ def state_passing_delta_rule(
     if no sequence crosses ranks. Kept for the backward: the inputs, the states that enter this rank's segments, the M
     of the chains that this rank composes, and what Triton's rule keeps; the plain torch rule is run anew.
     """
-    call = passing_call(options, layout, groups, inputs.v.shape[2], truncate=truncate)
+    heads = inputs.v.shape[2], inputs.k.shape[3], inputs.v.shape[3]
+    call = passing_call(options, layout, groups, heads, truncate=truncate)
     if call is None:
         table = layout.segments(groups.a2a_size, groups.group_index)
         return run_rule(inputs, options, table.cu_seqlens_tensor)[0]
@@ -164,52 +165,47 @@ class PassingCall:
 
     options: RuleOptions
     table: SegmentTable
-    routes: states.StateRoutes
-    group: dist.ProcessGroup
+    routes: StateRoutes
+    exchange: StateExchange
     truncate: bool
 
     def forward(self, inputs: TokenInputs) -> tuple[Tensor, Saved, int]:
         """o [1, T, HV, V], and what `backward` has to be given: tensors, and the chunks of a piece. Records nothing."""
         bounds, routes = self.table.cu_seqlens_tensor, self.routes
         rule = SegmentRule(inputs, self.options, bounds, routes.roles, routes.summarised, truncate=self.truncate)
-        (ext, transfer), first = rule.summarise()
-        ext, transfer = states.send_summaries(routes, ext, transfer, self.group, first)
-        entering = states.return_states(routes, merge_states(ext, transfer, routes.active), self.group)
+        laws = rule.summarise(self.exchange.slots)
+        entering, maps = self.exchange.forward(laws, inputs.v.shape[3], rule.kernels)
+        del laws
         o = rule.run(entering)
         kept, piece_chunks = rule.kept()
-        return o, (entering, transfer, *kept), piece_chunks
+        return o, (entering, maps, *kept), piece_chunks
 
     def backward(
         self, inputs: TokenInputs, saved: Saved, piece_chunks: int, d_output: Tensor, needed: tuple[bool, ...]
     ) -> Saved:
         """The gradient of each field of the inputs, None where not needed."""
-        entering, transfer, *kept = saved
+        entering, maps, *kept = saved
         assert entering is not None
-        assert transfer is not None
+        assert maps is not None
         bounds, roles = self.table.cu_seqlens_tensor, self.routes.roles
         pending = begin_segment_backward(
             inputs, self.options, bounds, roles, (tuple(kept), piece_chunks), entering, d_output, needed
         )
-        return pending.finish(self._leaving_gradients(pending.state_gradient(), transfer))
-
-    def _leaving_gradients(self, d_ext: Tensor, transfer: Tensor) -> Tensor:
-        """The gradients [n, HV, K, V] of the states that leave this rank's segments."""
-        d_ext = states.send_gradients(self.routes, d_ext, self.group)
-        transfer = states.reverse_transfer(self.routes, transfer)
-        merged = merge_states(d_ext, transfer, self.routes.active, transpose=True)
-        return states.return_gradients(self.routes, merged, self.group)
+        d_ext = pending.state_gradient(self.exchange.slots)
+        leaving = self.exchange.backward(d_ext, maps, kernels=bool(kept), meanwhile=pending.prepare)
+        del d_ext
+        return pending.finish(leaving)
 
 
 def passing_call(
-    options: RuleOptions, layout: ThdLayout, groups: CpGroups, heads: int, *, truncate: bool = False
+    options: RuleOptions, layout: ThdLayout, groups: CpGroups, heads: tuple[int, int, int], *, truncate: bool = False
 ) -> PassingCall | None:
-    """Describe a call on ranks that hold `heads` value heads each; None where no sequence crosses ranks."""
+    """Describe a call on ranks that hold `heads` (value heads, K, V) each; None where no sequence crosses ranks."""
     table = layout.segments(groups.a2a_size, groups.group_index)
-    routes = states.state_routes(layout, groups.a2a_size, groups.group_index, heads)
+    routes = state_routes(layout, groups.a2a_size, groups.group_index, heads[0])
     if not routes.travels:
         return None
-    assert groups.states is not None
-    return PassingCall(options, table, routes, groups.states, truncate)
+    return PassingCall(options, table, routes, state_exchange(layout, groups, *heads, routes), truncate)
 
 
 class _StatePassing(torch.autograd.Function):

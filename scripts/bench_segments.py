@@ -133,8 +133,7 @@ def measure_summaries(heads: tuple[int, int], tokens: int, repeats: int) -> Summ
 
     with torch.no_grad():
         rules = prepared(), prepared(True)
-        (ext, _), _ = rules[0].summarise()
-        entering = ext.contiguous()
+        entering = rules[0].summarise()[..., : inputs.v.shape[3]].contiguous()
         rules[0].run(entering)
 
         def backward(summary: bool) -> object:

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from gdn_cp.comm import planner
 from gdn_cp.comm.planner import CHUNK, Machine, machine_names
+from gdn_cp.kernels.merge import merge_chains
 from gdn_cp.kernels.segments import (
     RuleOptions,
     SegmentRule,
     TokenInputs,
     begin_segment_backward,
-    merge_states,
     run_rule,
 )
 
@@ -86,8 +86,7 @@ def rule_milliseconds(heads: tuple[int, int], options: Options, world: World) ->
 
     def segments() -> object:
         forward = SegmentRule(inputs, rule, bounds, roles, (0, 2))
-        (ext, _), _ = forward.summarise()
-        entering = ext.contiguous()
+        entering = forward.summarise()[..., :D].contiguous()
         forward.run(entering)
         back = begin_segment_backward(
             inputs, rule, bounds, roles, forward.kept(), entering, d_output, needed
@@ -111,10 +110,13 @@ def exchange_milliseconds(sent_bytes: int, world: World, repeats: int) -> float:
 def merge_milliseconds(options: Options, world: World) -> float:
     """One step of composing a chain, of the states of 8 heads."""
     steps, units = 9, 8
-    ext = torch.zeros(steps * units, options.dim, options.dim, device=world.device)
-    maps = torch.zeros((steps - 1) * units, options.dim, options.dim, device=world.device)
-    step = partial(merge_states, ext, maps, (units,) * steps)
-    return time_by_turns({"merge": step}, world, options.repeats, calls=4)["merge"] / (steps - 1)
+    shape = (steps * units, options.dim, options.dim)
+    ext, maps, out = (torch.zeros(shape, device=world.device) for _ in range(3))
+    table = torch.arange(steps * units, dtype=torch.int32, device=world.device)
+    chains = torch.stack([table[::steps], torch.full_like(table[::steps], steps)], 1)
+    links = torch.stack([table, table, table, torch.full_like(table, -1)], 1)
+    step = partial(merge_chains, ext, maps, chains, links, out, steps=steps, kernels=world.device.type == "cuda")
+    return time_by_turns({"merge": step}, world, options.repeats, calls=4)["merge"] / steps
 
 
 def measure(options: Options, before: Machine, world: World) -> Machine:

@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs, begin_segment_backward, merge_states
+from gdn_cp.kernels.merge import merge_chains
+from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs, begin_segment_backward
 
 Chains = tuple[tuple[int, ...], ...]
 """Lengths of the segments of each sequence, in order."""
@@ -36,28 +37,36 @@ def run_in_segments(
     cu_seqlens, parts = bounds(chains, device), roles(chains, device)
     with torch.no_grad():
         rule = SegmentRule(inputs, options, cu_seqlens, parts, (0, len(parts)), truncate=truncate)
-        (ext, transfer), first = rule.summarise()
-        assert first == 0
-        entering = _compose(ext, transfer, chains, reverse=False)
+        laws, V = rule.summarise(), inputs.v.shape[3]
+        maps = laws[..., V:]
+        entering = _compose(laws[..., :V], maps, chains, reverse=False)
         o = rule.run(entering)
         back = begin_segment_backward(inputs, options, cu_seqlens, parts, rule.kept(), entering, d_output, needed)
-        leaving = _compose(back.state_gradient(), transfer, chains, reverse=True)
+        leaving = _compose(back.state_gradient(), maps, chains, reverse=True)
         return o, back.finish(leaving)
 
 
-def _compose(ext: Tensor, transfer: Tensor, chains: Chains, *, reverse: bool) -> Tensor:
-    """What enters each segment, or with `reverse` the gradient of what leaves it; zero at the chain's begin (end)."""
-    found = torch.zeros(ext.shape, dtype=ext.dtype, device=ext.device)
+@lru_cache
+def links(chains: Chains, heads: int, reverse: bool, device: torch.device | str) -> tuple[Tensor, Tensor, int]:
+    """Units, links and steps of `gdn_cp.kernels.merge` for laws that stand segment by segment, head by head."""
+    units, found = [], []
     first = 0
     for chain in chains:
-        order = list(range(first, first + len(chain)))
+        order = list(range(first, first + len(chain)))[:: -1 if reverse else 1]
         first += len(chain)
-        order = order[::-1] if reverse else order
-        steps, heads = len(order) - 1, ext.shape[1]
-        if steps:
-            first_parts = torch.cat([ext[i] for i in order[:-1]])
-            maps = torch.cat([transfer[i] for i in order[1:-1]]) if steps > 1 else transfer.flatten(0, 1)[:0]
-            merged = merge_states(first_parts, maps, (heads,) * steps, transpose=reverse)
-            for i, states in zip(order[1:], merged.split(heads), strict=True):
-                found[i] = states
+        for head in range(heads):
+            units.append((len(found), len(order)))
+            for i, n in enumerate(order):
+                row, last = n * heads + head, i == len(order) - 1
+                found.append((-1 if last else row, row if i > 0 and not last else -1, row, -1))
+    tables = (torch.tensor(x, dtype=torch.int32, device=device) for x in (units, found))
+    return *tables, max(map(len, chains))
+
+
+def _compose(ext: Tensor, maps: Tensor, chains: Chains, *, reverse: bool) -> Tensor:
+    """What enters each segment, or with `reverse` the gradient of what leaves it; zero at the chain's begin (end)."""
+    found = torch.empty(ext.shape, dtype=ext.dtype, device=ext.device)
+    units, table, steps = links(chains, ext.shape[1], reverse, ext.device)
+    flat = ext.flatten(0, 1), maps.flatten(0, 1)
+    merge_chains(*flat, units, table, found.flatten(0, 1), steps=steps, transpose=reverse)
     return found

@@ -23,7 +23,7 @@ segment's position in a chain of L, unit = one chain of one head.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,20 +34,29 @@ from torch import Tensor
 from gdn_cp.comm.layout import ThdLayout
 
 
+class ChainTable(NamedTuple):
+    """Chains in the order of a walk, as `gdn_cp.kernels.merge` takes them.
+
+    `units` int32 [U, 2] has each chain's first link and number of links, `steps` is the largest of these. `links` int32
+    [L, 4] has, of each link, where its law stands, its M, the state that it hands out, a copy of its M; -1: nowhere.
+    """
+
+    units: Tensor
+    links: Tensor
+    steps: int
+
+
 @dataclass(frozen=True)
 class Route:
     """One kind of matrix on its way between the ranks of segments and composers, seen from one rank.
 
     `rows` int64: where this rank's matrices stand in [n*HV], composer by composer; `to_composers[c]` of them go to
-    composer c. As a composer this rank gets `from_members[g]` matrices from rank g; gathered by `to_steps` they stand
-    in the order of `merge_states` for the forward, by `to_steps_reverse` in that for the backward.
+    composer c. As a composer this rank gets `from_members[g]` matrices from rank g.
     """
 
     rows: Tensor
     to_composers: tuple[int, ...]
     from_members: tuple[int, ...]
-    to_steps: Tensor
-    to_steps_reverse: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +64,11 @@ class StateRoutes:
     """How states travel for one (layout, a2a_size, heads), seen from one rank of the state group.
 
     `leaving` is for the state (or its gradient) behind a segment, of every segment but a chain's last; `entering` for
-    that before a segment, of every one but the first; `transfer` for M, of those that are neither. `active` are the
-    units that this rank composes, per step, as `merge_states` takes it. `summarised` is the range of segments [a, b)
-    that covers all of which someone needs a summary. `roles` int32 [n] has, for each segment of this rank, 1 if a state
-    enters it plus 2 if its state goes on. `travels` is whether any rank sends anything: the same on all.
+    that before a segment, of every one but the first; `transfer` for M, of those that are neither. `forward` and
+    `reverse` are the chains that this rank composes: a link's places are those in what has arrived, or is to be sent.
+    `summarised` is the range of segments [a, b) that covers all of which someone needs a summary. `roles` int32 [n]
+    has, for each segment of this rank, 1 if a state enters it plus 2 if its state goes on. `travels` is whether any
+    rank sends anything: the same on all.
     """
 
     segments: int
@@ -66,7 +76,8 @@ class StateRoutes:
     leaving: Route
     entering: Route
     transfer: Route
-    active: tuple[int, ...]
+    forward: ChainTable
+    reverse: ChainTable
     summarised: tuple[int, int]
     roles: Tensor
     travels: bool
@@ -95,59 +106,47 @@ def state_routes(layout: ThdLayout, a2a_size: int, group_index: int, heads: int)
 
 
 def send_summaries(
-    routes: StateRoutes, ext: Tensor, transfer: Tensor, group: dist.ProcessGroup, first: int
+    routes: StateRoutes, ext: Tensor, transfer: Tensor, group: dist.ProcessGroup
 ) -> tuple[Tensor, Tensor]:
     """Forward, first half: every S_ext and M to its composer, in one all-to-all.
 
     Args:
         routes: see `state_routes`.
-        ext: [b-a, HV, K, V] of the segments [a, b), which cover those of `routes.summarised`.
-        transfer: [b-a, HV, K, K].
+        ext: [n, HV, K, V].
+        transfer: [n, HV, K, K].
         group: the state group.
-        first: a.
 
     Returns:
-        ext [sum(active), K, V] and transfer [sum(active[1:]), K, K] as `merge_states` takes them.
+        S_ext [.., K, V] and M [.., K, K], as `routes.forward` numbers them.
     """
-    skipped = first * routes.heads
     parts = [
-        (x.flatten(0, 1).index_select(0, route.rows - skipped if skipped else route.rows), route)
+        (x.flatten(0, 1).index_select(0, route.rows), route)
         for x, route in ((ext, routes.leaving), (transfer, routes.transfer))
     ]
     received = _exchange(parts, group, to_composers=True)
-    return received[0].index_select(0, routes.leaving.to_steps), received[1].index_select(0, routes.transfer.to_steps)
+    return received[0], received[1]
 
 
 def return_states(routes: StateRoutes, states: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Forward, second half: [sum(active), K, V] at the composers to [n, HV, K, V], zero at chain starts."""
-    return _spread(routes, states, routes.entering, routes.entering.to_steps, group)
+    """Forward, second half: the states [.., K, V] that `routes.forward` hands out to [n, HV, K, V], zero at chain
+    starts."""
+    return _spread(routes, states, routes.entering, group)
 
 
 def send_gradients(routes: StateRoutes, d_ext: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Backward, first half: dS_ext [n, HV, K, V] of each rank to the composers, [sum(active), K, V] for `merge_states`.
-
-    The chains run backwards: so stand the M that `reverse_transfer` gives.
-    """
+    """Backward, first half: dS_ext [n, HV, K, V] of each rank to the composers, as `routes.reverse` numbers them."""
     sent = d_ext.flatten(0, 1).index_select(0, routes.entering.rows)
-    (received,) = _exchange([(sent, routes.entering)], group, to_composers=True)
-    return received.index_select(0, routes.entering.to_steps_reverse)
+    return _exchange([(sent, routes.entering)], group, to_composers=True)[0]
 
 
 def return_gradients(routes: StateRoutes, gradients: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Backward, second half: the composers' results to each rank's dS_out [n, HV, K, V], zero at chain ends."""
-    return _spread(routes, gradients, routes.leaving, routes.leaving.to_steps_reverse, group)
+    """Backward, second half: what `routes.reverse` hands out to each rank's dS_out [n, HV, K, V], zero at ends."""
+    return _spread(routes, gradients, routes.leaving, group)
 
 
-def reverse_transfer(routes: StateRoutes, transfer: Tensor) -> Tensor:
-    """Reorder M [sum(active[1:]), K, K] from the steps of the forward to those of the backward."""
-    received_order = torch.empty_like(transfer).index_copy_(0, routes.transfer.to_steps, transfer)
-    return received_order.index_select(0, routes.transfer.to_steps_reverse)
-
-
-def _spread(routes: StateRoutes, merged: Tensor, route: Route, to_steps: Tensor, group: dist.ProcessGroup) -> Tensor:
-    sent = torch.empty_like(merged).index_copy_(0, to_steps, merged)
+def _spread(routes: StateRoutes, sent: Tensor, route: Route, group: dist.ProcessGroup) -> Tensor:
     (received,) = _exchange([(sent, route)], group, to_composers=False)
-    whole = merged.new_zeros(routes.segments * routes.heads, *merged.shape[1:])
+    whole = sent.new_zeros(routes.segments * routes.heads, *sent.shape[1:])
     return whole.index_copy_(0, route.rows, received).unflatten(0, (routes.segments, routes.heads))
 
 
@@ -158,7 +157,7 @@ def _exchange(parts: list[tuple[Tensor, Route]], group: dist.ProcessGroup, *, to
     splits_in, splits_out = (
         [
             sum(size[way][peer] * width for size, width in zip(sizes, elements, strict=True))
-            for peer in range(group.size())
+            for peer in range(len(sizes[0][0]))
         ]
         for way in (0, 1)
     )
@@ -180,7 +179,7 @@ def _exchange(parts: list[tuple[Tensor, Route]], group: dist.ProcessGroup, *, to
 
 
 @dataclass(frozen=True)
-class _Links:
+class Links:
     """All segments of all chains that cross ranks, times heads, as int64 arrays of one entry each."""
 
     unit: np.ndarray  # number of the chain and head
@@ -190,39 +189,50 @@ class _Links:
     row: np.ndarray  # slot * heads + head at that rank
     composer: np.ndarray  # rank that composes the unit
 
+    def taken(self, which: np.ndarray) -> Links:
+        """Some of the links, in the order of `which`."""
+        return Links(*(getattr(self, name)[which] for name in self.__dataclass_fields__))
+
+    @property
+    def leaving(self) -> np.ndarray:
+        """Whether the state goes on."""
+        return self.position < self.length - 1
+
+    @property
+    def entering(self) -> np.ndarray:
+        """Whether a state enters."""
+        return self.position > 0
+
 
 def _build_routes(layout: ThdLayout, a2a_size: int, me: int, heads: int) -> StateRoutes:
-    groups = layout.cp_size // a2a_size
-    links = _build_links(layout, a2a_size, heads)
-    mine = links.composer == me
-    units, lengths = np.unique(np.stack([links.unit[mine], links.length[mine]]), axis=1)
-    longest_first = np.argsort(-lengths, kind="stable")
-    place = np.zeros(int(links.unit.max(initial=-1)) + 1, dtype=np.int64)
-    place[units[longest_first]] = np.arange(units.size)
-    steps = np.arange(int(lengths.max(initial=1)) - 1)
-    active = tuple((lengths[:, None] - 1 > steps).sum(0).tolist())
-
-    leaving, entering = links.position < links.length - 1, links.position > 0
-    forward, reverse = links.position, links.length - 1 - links.position  # steps of a segment's own law
-    build = _RouteBuilder(links, me, groups, place, active, layout.device)
-    slots, segments = links.row[leaving & (links.member == me)] // heads, len(layout.segments(a2a_size, me).starts)
+    links = find_links(layout, a2a_size, heads)
+    own = links.member == me
+    slots, segments = links.row[links.leaving & own] // heads, len(layout.segments(a2a_size, me).starts)
     roles = np.zeros(segments, dtype=np.int64)
-    roles[links.row[entering & (links.member == me)] // heads] = 1
+    roles[links.row[links.entering & own] // heads] = 1
     roles[slots] += 2  # numpy adds once where a slot is named for each of its heads
+    build = _RouteBuilder(links, me, layout.cp_size // a2a_size, layout.device)
+    leaving, at_leaving = build(links.leaving)
+    entering, at_entering = build(links.entering)
+    transfer, at_transfer = build(links.leaving & links.entering)
+    mine = np.flatnonzero(links.composer == me)
+    nowhere = np.full(links.unit.size, -1)
     return StateRoutes(
         segments=segments,
         heads=heads,
-        leaving=build(leaving, forward, reverse - 1),
-        entering=build(entering, forward - 1, reverse),
-        transfer=build(leaving & entering, forward, reverse, skipped_steps=1),
-        active=active,
+        leaving=leaving,
+        entering=entering,
+        transfer=transfer,
+        forward=chain_table(links, mine, (at_leaving, at_transfer, at_entering, nowhere), layout.device),
+        reverse=chain_table(links, mine, (at_entering, at_transfer, at_leaving, nowhere), layout.device, reverse=True),
         summarised=(int(slots.min()), int(slots.max()) + 1) if slots.size else (0, 0),
         roles=to_device(roles, layout.device).int(),
         travels=links.unit.size > 0,
     )
 
 
-def _build_links(layout: ThdLayout, a2a_size: int, heads: int) -> _Links:
+def find_links(layout: ThdLayout, a2a_size: int, heads: int) -> Links:
+    """Every segment with tokens of every sequence that crosses the ranks of a state group."""
     groups = layout.cp_size // a2a_size
     lengths = [np.diff(layout.segments(a2a_size, g).cu_seqlens) for g in range(groups)]
     chains = [[(g, slot) for g, slot in chain if lengths[g][slot]] for chain in layout.chains(a2a_size)]
@@ -236,7 +246,7 @@ def _build_links(layout: ThdLayout, a2a_size: int, heads: int) -> _Links:
     work = np.repeat(counts - 1, heads)
     composer = (np.cumsum(work) - work) * groups // max(1, int(work.sum()))
     unit = (chain[:, None] * heads + head).reshape(-1)
-    return _Links(
+    return Links(
         unit=unit,
         position=np.repeat(position, heads),
         length=np.repeat(counts[chain], heads),
@@ -246,37 +256,51 @@ def _build_links(layout: ThdLayout, a2a_size: int, heads: int) -> _Links:
     )
 
 
+def chain_table(
+    links: Links, mine: np.ndarray, places: tuple[np.ndarray, ...], device: torch.device, *, reverse: bool = False,
+    zeros: np.ndarray | None = None,
+) -> ChainTable:  # fmt: skip
+    """The links numbered `mine`, chain by chain; `places` has the columns of `ChainTable.links` for all links.
+
+    With `reverse` chains are walked from their ends. `zeros`: rows to be handed out as zero, by chains of one link.
+    """
+    position = -links.position[mine] if reverse else links.position[mine]
+    order = mine[np.lexsort((position, links.unit[mine]))]
+    table = np.stack([column[order] for column in places], 1)
+    _, counts = np.unique(links.unit[order], return_counts=True)
+    if zeros is not None:
+        alone = np.full((zeros.size, 4), -1)
+        alone[:, 2] = zeros
+        table, counts = np.concatenate([table, alone]), np.concatenate([counts, np.ones_like(zeros)])
+    units = np.stack([np.cumsum(counts) - counts, counts], 1)
+    return ChainTable(to_device(units, device).int(), to_device(table, device).int(), int(counts.max(initial=0)))
+
+
 @dataclass(frozen=True)
 class _RouteBuilder:
     """Builds the routes of one rank from the links of all."""
 
-    links: _Links
+    links: Links
     me: int
     groups: int
-    place: np.ndarray  # of each unit among this rank's, the longest chain first
-    active: tuple[int, ...]
     device: torch.device
 
-    def __call__(
-        self, travels: np.ndarray, step: np.ndarray, step_reverse: np.ndarray, skipped_steps: int = 0
-    ) -> Route:
-        """The route of the links where `travels`; `step` and `step_reverse` are their places in the two merges."""
+    def __call__(self, travels: np.ndarray) -> tuple[Route, np.ndarray]:
+        """The route of the links where `travels`, and for every link where it stands at its composer, if that is me."""
         links = self.links
         # Both ends order what one sends the other by (unit, position).
         out = np.flatnonzero(travels & (links.member == self.me))
         out = out[np.lexsort((links.position[out], links.unit[out], links.composer[out]))]
         into = np.flatnonzero(travels & (links.composer == self.me))
         into = into[np.lexsort((links.position[into], links.unit[into], links.member[into]))]
-        before = np.array([0, *accumulate(self.active)], dtype=np.int64)
-        before -= sum(self.active[:skipped_steps])
-        orders = [np.argsort(before[s[into]] + self.place[links.unit[into]]) for s in (step, step_reverse)]
-        return Route(
+        places = np.full(links.unit.size, -1)
+        places[into] = np.arange(into.size)
+        route = Route(
             rows=to_device(links.row[out], self.device),
             to_composers=_counts(links.composer[out], self.groups),
             from_members=_counts(links.member[into], self.groups),
-            to_steps=to_device(orders[0], self.device),
-            to_steps_reverse=to_device(orders[1], self.device),
         )
+        return route, places
 
 
 def _counts(peers: np.ndarray, groups: int) -> tuple[int, ...]:

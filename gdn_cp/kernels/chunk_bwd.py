@@ -212,8 +212,8 @@ def start_backward(
 
 
 @launches
-def segment_gradients(do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None) -> Tensor:
-    """dS_ext [N, HV, K, V] float32: the gradient before each segment that a state enters if that behind it is zero.
+def segment_gradients(do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None, rows: int = 0) -> Tensor:
+    """dS_ext [max(N, rows), HV, K, V] float32: the gradient before each segment that a state enters, zero behind it.
 
     Args:
         do: gradient of the output, as given to `start_backward`.
@@ -221,10 +221,18 @@ def segment_gradients(do: Tensor, run: Slices, roles: Tensor, sums: Tensor | Non
         roles: int32 [N], see `chunk_pieces`; the rest of the result is not written.
         sums: the forward's summaries [NP, HV, K, V + K] where segments are cut into pieces.
     """
-    summaries = run.summarise(None, False, roles)
+    summaries = run.summarise(None, False, roles, rows=rows if sums is None else 0)
     if sums is None:
         return summaries
-    return whole_gradients(summaries, sums, run.tables.pieces, roles)
+    return whole_gradients(summaries, sums, run.tables.pieces, roles, rows)
+
+
+@launches
+def prepare_first_slice(do: Tensor, run: Slices) -> None:
+    """Launch the products of the slice that the backward works on first, while gradients of states are on their way."""
+    _, c0, c1 = run.bounds()[0]
+    if c1 > c0:
+        run.prepare(c0, c1)
 
 
 class Slices:
@@ -245,6 +253,7 @@ class Slices:
             "C": CHUNK, "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
         }  # fmt: skip
         self.products: tuple[Tensor, Tensor | None] | None = None
+        self.prepared_slice: tuple[int, int] | None = None  # which chunks `products` are of
         self.h: Tensor | None = None
         self.dh: Tensor | None = None
         self.M: Tensor | None = None
@@ -259,12 +268,13 @@ class Slices:
         starts = range(0, max(NT, 1), size)
         return [(index, c0, min(c0 + size, NT)) for index, c0 in reversed(list(enumerate(starts)))]
 
-    def summarise(self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None) -> Tensor:
-        """The gradient [NP, HV, K, V] of the state before each piece, from that behind it: zero, `dht` for last pieces.
+    def summarise(self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None, rows: int = 0) -> Tensor:
+        """The gradient [max(NP, rows), HV, K, V] of the state before each piece, from that behind it: zero, `dht` for
+        last pieces.
 
         Of all pieces but the first of each sequence; with `roles`, of all pieces of the segments that a state enters.
         """
-        shape = (self.tables.num_pieces, self.HV, self.K, self.V)
+        shape = (max(self.tables.num_pieces, rows), self.HV, self.K, self.V)
         summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         size = summary_chunks(self.tables.num_chunks, self.HV, self.K, self.q.element_size())
         for index, c0, c1 in self.bounds(size):
@@ -287,7 +297,7 @@ class Slices:
         results = (self.matrices(self.h, bv), self.matrices(self.dh, bv), self.matrices(self.M, bv), out.dv, out.dh0)
         states = (None, initial_state, starts, checkpoint, dht, ends)
         self._walk(index, c0, c1, states, results, None, state_v_first)
-        self.products = None  # their memory is for what comes next
+        self.products = self.prepared_slice = None  # their memory is for what comes next
 
     def _walk(
         self, index: int, c0: int, c1: int, states: tuple[Tensor | None, ...], results: tuple[Any, ...],
@@ -304,18 +314,25 @@ class Slices:
             SUMMARY=summaries is not None, **options, **self.constants,
         )  # fmt: skip
 
+    def prepare(self, c0: int, c1: int) -> tuple[Tensor, Tensor | None]:
+        """X and Yt of a slice, kept until its chains have been walked."""
+        if self.products is None or self.prepared_slice != (c0, c1):
+            self.products, self.prepared_slice = self._multiply(c0, c1), (c0, c1)
+        return self.products
+
     def _products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
         """X and Yt of a slice; kept if the backward has only one, for a summary and the walk after it need both."""
-        found = self.products
-        if found is None:
-            found = prepare_products(
-                self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0
-            )
-            if c1 - c0 == self.tables.num_chunks <= self.size:
-                self.products = found
-        X, Yt = found
+        if (c1 - c0 == self.tables.num_chunks <= self.size) or self.prepared_slice == (c0, c1):
+            X, Yt = self.prepare(c0, c1)
+        else:
+            X, Yt = self._multiply(c0, c1)
         assert Yt is not None
         return X, Yt
+
+    def _multiply(self, c0: int, c1: int) -> tuple[Tensor, Tensor | None]:
+        return prepare_products(
+            self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0
+        )
 
     def _carries(self, index: int, chunks: int) -> tuple[Tensor | None, Tensor | None]:
         """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes."""

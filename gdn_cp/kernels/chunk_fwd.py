@@ -271,13 +271,14 @@ class Walk:
         return self.tables.num_pieces > self.tables.num_sequences
 
     def summarise(
-        self, initial: Tensor | None = None, roles: Tensor | None = None, truncate: float | None = None
+        self, initial: Tensor | None = None, roles: Tensor | None = None, truncate: float | None = None, rows: int = 0
     ) -> Tensor:
-        """(S_ext | M) [NP, HV, K, V + K] of the pieces whose law someone needs, first pieces from `initial`.
+        """(S_ext | M) [max(NP, rows), HV, K, V + K] of the pieces whose law someone needs, first pieces from `initial`.
 
         `roles` int32 [N]: see `chunk_pieces`. `truncate`: the sum of a piece's gates below which its M is zero.
         """
-        sums = self.v.new_empty(self.tables.num_pieces, self.HV, self.K, self.V + self.K, dtype=torch.float32)
+        rows = max(self.tables.num_pieces, rows)
+        sums = self.v.new_empty(rows, self.HV, self.K, self.V + self.K, dtype=torch.float32)
         blocks = -(-self.V // self.block_v) - (-self.K // self.block_v)
         self._launch(blocks, initial, None, None, None, sums, None, 0, roles, truncate)
         return sums

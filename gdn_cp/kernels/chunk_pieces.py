@@ -139,18 +139,20 @@ def piece_gradients(ext: Tensor, sums: Tensor, pieces: Tensor) -> Tensor:
     return marks
 
 
-def whole_laws(sums: Tensor, pieces: Tensor, roles: Tensor, V: int) -> Tensor:
-    """(S_ext | M) [N, HV, K, V + K] of whole segments; written for those that are LEFT, M if they are ENTERED too."""
+def whole_laws(sums: Tensor, pieces: Tensor, roles: Tensor, V: int, rows: int = 0) -> Tensor:
+    """(S_ext | M) [max(N, rows), HV, K, V + K] of whole segments; written for those that are LEFT, M if they are
+    ENTERED too."""
     K = sums.shape[2]
-    whole = sums.new_empty(len(roles), *sums.shape[1:])
+    whole = sums.new_empty(max(len(roles), rows), *sums.shape[1:])
     _compose(sums, sums[..., V:], None, torch.empty_like(sums), whole, pieces, roles, V, V + K, False)
     return whole
 
 
-def whole_gradients(ext: Tensor, sums: Tensor, pieces: Tensor, roles: Tensor) -> Tensor:
-    """dS_ext [N, HV, K, V] of whole segments; written for those that are ENTERED. Arguments as `piece_gradients`."""
+def whole_gradients(ext: Tensor, sums: Tensor, pieces: Tensor, roles: Tensor, rows: int = 0) -> Tensor:
+    """dS_ext [max(N, rows), HV, K, V] of whole segments; written for those that are ENTERED. Arguments as
+    `piece_gradients`."""
     V = ext.shape[-1]
-    whole = ext.new_empty(len(roles), *ext.shape[1:])
+    whole = ext.new_empty(max(len(roles), rows), *ext.shape[1:])
     _compose(ext, sums[..., V:], None, torch.empty_like(ext), whole, pieces, roles, V, V, True)
     return whole
 

@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd, segment_gradients, slice_chunks, start_backward
+from gdn_cp.kernels.chunk_bwd import (
+    chunk_gated_delta_rule_bwd,
+    prepare_first_slice,
+    segment_gradients,
+    slice_chunks,
+    start_backward,
+)
 from gdn_cp.kernels.chunk_fwd import Walk
 from gdn_cp.kernels.chunk_pieces import piece_states, whole_laws
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
@@ -71,15 +77,13 @@ class TritonSegments:
         self.starts: Tensor | None = None
         self.checkpoints: Tensor | None = None
 
-    def summarise(self, truncate: float | None) -> tuple[Tensor, Tensor]:
-        """S_ext [n, HV, K, V] and M [n, HV, K, K] of all segments, written where `roles` ask for it."""
-        V = self.v.shape[3]
+    def summarise(self, truncate: float | None, slots: int = 0) -> Tensor:
+        """The laws (S_ext | M) [max(n, slots), HV, K, V + K] of all segments, written where `roles` ask for it."""
         with on_device(self.q.device):
+            if not self.walk.cut:
+                return self.walk.summarise(roles=self.roles, truncate=truncate, rows=slots)
             self.sums = self.walk.summarise(roles=self.roles, truncate=truncate)
-            laws = self.sums
-            if self.walk.cut:
-                laws = whole_laws(self.sums, self.tables.pieces, self.roles, V)
-        return laws[..., :V], laws[..., V:]
+            return whole_laws(self.sums, self.tables.pieces, self.roles, self.v.shape[3], rows=slots)
 
     def run(self, entering: Tensor) -> Tensor:
         """o [1, T, HV, V], given the states [n, HV, K, V] that enter the segments."""
@@ -122,9 +126,14 @@ class TritonSegmentsBackward:
             sliced=self.checkpoints is not None, piece_chunks=piece_chunks,
         )  # fmt: skip
 
-    def state_gradient(self) -> Tensor:
-        """dS_ext [n, HV, K, V]: the gradient before each segment that a state enters, if that behind it is zero."""
-        return segment_gradients(self.do, self.slices, self.roles, self.sums)
+    def state_gradient(self, slots: int = 0) -> Tensor:
+        """dS_ext [max(n, slots), HV, K, V]: the gradient before each segment that a state enters, if that behind it is
+        zero."""
+        return segment_gradients(self.do, self.slices, self.roles, self.sums, rows=slots)
+
+    def prepare(self) -> None:
+        """Launch what `finish` begins with, which needs no gradient of a state."""
+        prepare_first_slice(self.do, self.slices)
 
     def finish(self, d_leaving: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the fields of the inputs, None where not needed, given those of the states that leave."""

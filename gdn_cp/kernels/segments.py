@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -124,7 +123,7 @@ def summarise_segments(
             unit keys and beta in (0, 1) guarantee; where that does not hold, leave it off. On a CPU a call whose every
             M is zero does not compute them.
 
-    Not differentiable: the gradient of the state is passed on by `merge_states`.
+    Not differentiable: the gradient of the state is passed on by `gdn_cp.kernels.merge`.
 
     >>> k = torch.tensor([1.0, 0.0]).view(1, 1, 1, 2)  # one token, one head
     >>> tokens = TokenInputs(k, k, v=torch.tensor([3.0]).view(1, 1, 1, 1), beta=torch.tensor([[[0.5]]]))
@@ -180,39 +179,6 @@ def _decayed_away(inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor)
     return total[bounds[1:]] - total[bounds[:-1]] < math.log(TRUNCATION_THRESHOLD)
 
 
-def merge_states(ext: Tensor, transfer: Tensor, active: tuple[int, ...], *, transpose: bool = False) -> Tensor:
-    """Compose states along U chains in lockstep: X_0 = ext_0, X_t = ext_t + M_t X_{t-1}, every X_t returned.
-
-    Rows stand step by step, and within a step chain by chain, the chain with most steps first: for chains of 3, 2 and
-    2 steps, active = (3, 3, 1) and the rows are chains 0 1 2, 0 1 2, 0.
-
-    Forward, with ext = S_ext and M of each segment, X_t is the state that leaves a chain's t-th segment, which is the
-    state that enters the next. Backward, with the chain reversed, ext = dS_ext and `transpose`, X_t is the gradient of
-    the state that enters a segment, which is the gradient of what leaves the one before.
-
-    Args:
-        ext: [sum(active), K, V] float32 or float64.
-        transfer: [sum(active[1:]), K, K], the M of the steps after the first; the first step needs none.
-        active: chains that have a step of each number, never increasing.
-        transpose: multiply by M^T.
-
-    Returns:
-        [sum(active), K, V].
-    """
-    assert len(ext) == sum(active)
-    assert len(transfer) == sum(active[1:])
-    assert all(a >= b for a, b in pairwise(active))
-    if not active:
-        return ext
-    if transpose:
-        transfer = transfer.transpose(-1, -2)
-    steps = list(ext.split(active))
-    with torch.autocast(ext.device.type, enabled=False):  # which would multiply states in half precision
-        for t, M_t in enumerate(transfer.split(active[1:]) if len(active) > 1 else (), start=1):
-            steps[t] = torch.baddbmm(steps[t], M_t, steps[t - 1][: len(M_t)])
-    return torch.cat(steps)
-
-
 @dataclass(frozen=True)
 class RuleBackward:
     """The backward of the rule over segments, in the two halves between which gradients of states travel.
@@ -225,10 +191,16 @@ class RuleBackward:
     states: Tensor
     d_output: Tensor
 
-    def state_gradient(self) -> Tensor:
-        """Return dS_ext [n, HV, K, V]: the gradient of each initial state if no final state had a gradient."""
+    def state_gradient(self, slots: int = 0) -> Tensor:
+        """Return dS_ext [n, HV, K, V]: the gradient of each initial state if no final state had a gradient.
+
+        With `slots` > n the result is [slots, HV, K, V], and what is behind the n-th segment holds anything.
+        """
         (grad,) = torch.autograd.grad(self.outputs[0], self.states, self.d_output, retain_graph=True)
-        return grad
+        return with_room(grad, slots)
+
+    def prepare(self) -> None:
+        """Nothing that `finish` needs can be made before the gradients of the final states are there."""
 
     def finish(self, d_leaving: Tensor) -> tuple[Tensor | None, ...]:
         """Return each input's gradient, None where not needed, given those of the final states; frees the graph."""
@@ -266,6 +238,15 @@ def begin_backward(
     return RuleBackward(tuple(leaves), (o, final), entering, d_output)
 
 
+def with_room(x: Tensor, slots: int) -> Tensor:
+    """x [n, ...] contiguous, or if n < slots its copy at the begin of [slots, ...]."""
+    if len(x) >= slots:
+        return x.contiguous()
+    whole = x.new_zeros(slots, *x.shape[1:])
+    whole[: len(x)] = x
+    return whole
+
+
 class SegmentRule:
     """The forward over segments of which some begin with, or end in, another rank's: summaries first, then the output.
 
@@ -300,22 +281,28 @@ class SegmentRule:
             scale = checked_scale(options.scale, inputs.q.shape[-1])
             self._triton = TritonSegments(inputs, options, cu_seqlens, roles, scale, options.intra_card)
 
-    def summarise(self) -> tuple[SegmentSummary, int]:
-        """(summaries of consecutive segments, number of the first); what nobody needs holds anything, or is absent."""
+    @property
+    def kernels(self) -> bool:
+        """Whether Triton does the work."""
+        return self._triton is not None
+
+    def summarise(self, slots: int = 0) -> Tensor:
+        """The laws (S_ext | M) [max(n, slots), HV, K, V + K], contiguous; what nobody needs holds anything."""
         if self._triton is not None:
-            threshold = math.log(TRUNCATION_THRESHOLD) if self.truncate else None
-            return SegmentSummary(*self._triton.summarise(threshold)), 0
+            return self._triton.summarise(math.log(TRUNCATION_THRESHOLD) if self.truncate else None, slots)
         first, last = self.needed
+        n, (HV, V), K = len(self.cu_seqlens) - 1, self.inputs.v.shape[2:], self.inputs.k.shape[-1]
+        dtype = torch.float64 if self.inputs.v.dtype == torch.float64 else torch.float32
+        laws = self.inputs.v.new_zeros(max(n, slots), HV, K, V + K, dtype=dtype)
         if first == last:
-            HV, V, K = *self.inputs.v.shape[2:], self.inputs.k.shape[-1]
-            dtype = torch.float64 if self.inputs.v.dtype == torch.float64 else torch.float32
-            empty = self.inputs.v.new_empty(0, HV, K, V + K, dtype=dtype)
-            return SegmentSummary(*empty.split((V, K), -1)), first
+            return laws
         # The rows' numbers are on the device, but for the plain rule the host has to wait for them in any case.
         bounds = self.cu_seqlens[first : last + 1]
         start, end = int(bounds[0]), int(bounds[-1])
         part = self.inputs.narrow(start, end)
-        return summarise_segments(part, self.options, bounds - start, truncate=self.truncate), first
+        summary = summarise_segments(part, self.options, bounds - start, truncate=self.truncate)
+        laws[first:last] = torch.cat(summary, -1)
+        return laws
 
     def run(self, entering: Tensor) -> Tensor:
         """o [1, T, HV, V], given the states [n, HV, K, V] that enter: zero where none does."""

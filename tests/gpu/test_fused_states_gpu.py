@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdn_cp import fused_mixer as module
+from gdn_cp import state_exchange
+from gdn_cp.comm import state_gather
 from gdn_cp.comm.groups import CpGroups
 from gdn_cp.fused_mixer import MixerParameters, fused_call
 from tests.gpu.test_segments_multi_gpu import BATCHES, DIMS, GATE, SHARE, batch, parameters, run_mixer, sizes
@@ -63,6 +65,16 @@ def all_to_all(received: Tensor, sent: Tensor, out_splits=None, in_splits=None, 
     return Done() if async_op else None
 
 
+def all_gather(gathered: Tensor, part: Tensor, group: Any = None, async_op=False):
+    """The one-tensor all-gather among threads, which share one stream."""
+    exchange, rank = group.exchange, group.rank()
+    exchange.sent[rank] = part
+    exchange.barrier.wait()
+    torch.cat(exchange.sent, out=gathered)
+    exchange.barrier.wait()
+    return Done() if async_op else None
+
+
 class Context:
     """What `_FusedMixer` uses of autograd's context."""
 
@@ -88,10 +100,13 @@ def make_groups(a2a_size: int) -> list[CpGroups]:
     return found
 
 
+@pytest.mark.parametrize("gather", [True, False], ids=["gathered", "composed"])
 @pytest.mark.parametrize("a2a_size", [1, 2])
 @pytest.mark.parametrize(("kind", "cu"), BATCHES)
-def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, monkeypatch):
+def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, gather, monkeypatch):
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
+    monkeypatch.setattr(dist, state_gather._ALL_GATHER, all_gather)
+    monkeypatch.setattr(state_exchange, "GATHER_BYTES", 2**40 if gather else 0)
     whole, uncut = batch(cu[-1]), build(kind, cu, 1).to("cuda")
     exact = run_mixer(*(x.double() for x in whole), layout=uncut)
     single = run_mixer(*whole, layout=uncut)

@@ -45,7 +45,9 @@ def test_bytes_are_at_least_what_travels_and_not_much_more(data):
             back = {name: sum(route.from_members[c] for c in away) for name, route in members.items()}
             states = out["leaving"] + out["entering"] + back["entering"] + back["leaving"]
             sent.append(4 * 8 * (4 * states + 8 * out["transfer"]))
-            kept.append(4 * 8 * (4 * routes.segments * heads + 8 * sum(routes.active[1:])) if routes.travels else 0)
+            kept.append(
+                4 * 8 * (4 * routes.segments * heads + 8 * sum(routes.transfer.from_members)) if routes.travels else 0
+            )
             rows = halo_routes(layout, a2a_size, g, 4).send_counts
             halo.append(2 * sum(rows) * (2 * 8 * 8 + 16 * 4) // a2a_size)
         # The model takes even shares of the composing; a rank's share differs by less than two chains' states.

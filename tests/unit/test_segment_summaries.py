@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from gdn_cp.kernels.merge import merge_chains
 from gdn_cp.kernels.reference import l2norm, recurrent_gated_delta_rule_reference
 from gdn_cp.kernels.segments import (
     TRUNCATION_THRESHOLD,
     RuleOptions,
     TokenInputs,
     begin_backward,
-    merge_states,
     run_rule,
     summarise_segments,
 )
+from tests.segment_chains import links
 
 H, HV, K, V = 2, 4, 8, 6
 
@@ -94,31 +95,16 @@ def test_merge_composes_the_states_of_a_whole_sequence(with_gate):
     if not with_gate:  # no decay: nothing is forgotten on the way
         inputs = TokenInputs(inputs.q, inputs.k, inputs.v, None, inputs.beta)
     ext, transfer = summarise_segments(inputs, RuleOptions(), cu)
-    # One unit per head, so segments of a step stand side by side.
-    merged = merge_states(ext.flatten(0, 1), transfer[1:].flatten(0, 1), (HV,) * 4).view(4, HV, K, V)
-    for index, (_, end) in enumerate(pairwise(cu.tolist())):
-        whole = torch.tensor([0, end])
-        expected = final_states(inputs.narrow(0, end), whole, torch.zeros(1, HV, K, V, dtype=torch.float64))
-        assert relative_error(merged[index], expected[0]) < 1e-13
-
-
-@given(st.lists(st.integers(1, 5), min_size=0, max_size=6), st.booleans(), st.integers(0, 2**20))
-@settings(max_examples=20, deadline=None)
-def test_merge_of_ragged_chains_is_a_loop_over_each(steps, transpose, seed):
-    torch.manual_seed(seed)
-    steps = sorted(steps, reverse=True)
-    active = tuple(sum(count > t for count in steps) for t in range(max(steps, default=0)))
-    ext = torch.randn(sum(steps), K, V, dtype=torch.float64)
-    transfer = torch.randn(sum(active[1:]), K, K, dtype=torch.float64)
-    merged = merge_states(ext, transfer, active, transpose=transpose)
-    starts = [0, *accumulate(active)]
-    for chain, count in enumerate(steps):
-        state = ext[chain]
-        for t in range(count):
-            if t:
-                M = transfer[starts[t] - starts[1] + chain]
-                state = ext[starts[t] + chain] + (M.T if transpose else M) @ state
-            torch.testing.assert_close(merged[starts[t] + chain], state, rtol=1e-12, atol=1e-12)
+    merged = torch.empty_like(ext)
+    units, table, steps = links((tuple(lengths),), HV, False, "cpu")
+    flat = ext.flatten(0, 1), transfer.flatten(0, 1)
+    merge_chains(*flat, units, table, merged.flatten(0, 1), steps=steps)
+    assert not merged[0].any()
+    for index, (start, _) in enumerate(pairwise(cu.tolist())):
+        if index:
+            whole = torch.tensor([0, start])
+            expected = final_states(inputs.narrow(0, start), whole, torch.zeros(1, HV, K, V, dtype=torch.float64))
+            assert relative_error(merged[index], expected[0]) < 1e-13
 
 
 def test_backward_of_the_state_is_the_same_law_transposed():
@@ -186,13 +172,6 @@ def test_more_columns_than_triton_takes_run_apart(monkeypatch):
     assert widths == [V, K]
     for x, expected in zip(apart, together, strict=True):
         assert relative_error(x, expected) < 1e-14  # a few roundings of float64: products of another shape
-
-
-def test_autocast_leaves_the_composition_in_float32():
-    ext, transfer = torch.randn(3, K, V), torch.randn(2, K, K)
-    expected = merge_states(ext, transfer, (1, 1, 1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(merge_states(ext, transfer, (1, 1, 1)), expected)
 
 
 def test_without_decay_nothing_is_truncated():

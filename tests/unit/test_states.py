@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ from torch import Tensor
 from gdn_cp.comm import states
 from gdn_cp.comm.groups import CpGroups, cp_groups
 from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.state_gather import GATHER_BYTES, gathered_bytes, state_gather
 from gdn_cp.comm.states import state_routes
-from gdn_cp.kernels.segments import merge_states
+from gdn_cp.state_exchange import ComposedStates, GatheredStates, state_exchange
 from tests.state_cases import Case, build, divisors, few_worlds, packs
 
 K, V = 3, 2
@@ -58,7 +61,7 @@ def stacked(table: dict, group: int, segments: int, heads: int, *shape: int) -> 
 
 
 def exchange_states(rank: int, world: int, cases: list[Case], heads: int) -> list[float]:
-    """Largest difference from brute force of each case."""
+    """Largest difference from brute force of each case, by composers and by a gather."""
     errors = []
     for kind, cu, a2a_size in cases:
         layout, groups = build(kind, cu, world), cp_groups(dist.group.WORLD, a2a_size)
@@ -67,17 +70,19 @@ def exchange_states(rank: int, world: int, cases: list[Case], heads: int) -> lis
         if not routes.travels:
             errors.append(0.0)
             continue
+        assert groups.states is not None
         laws, d_exts = summaries(layout, a2a_size, heads)
-        n, (first, last) = routes.segments, routes.summarised
-        ext = stacked({link: law[0] for link, law in laws.items()}, me, n, heads, K, V)[first:last]
-        transfer = stacked({link: law[1] for link, law in laws.items()}, me, n, heads, K, K)[first:last]
-        ext, transfer = states.send_summaries(routes, ext, transfer, groups.states, first)
-        entering = states.return_states(routes, merge_states(ext, transfer, routes.active), groups.states)
-        d_ext = states.send_gradients(routes, stacked(d_exts, me, n, heads, K, V), groups.states)
-        merged = merge_states(d_ext, states.reverse_transfer(routes, transfer), routes.active, transpose=True)
-        leaving = states.return_gradients(routes, merged, groups.states)
-        expected = [stacked(table, me, n, heads, K, V) for table in brute_force(layout, a2a_size, heads)]
-        errors.append(max(float((a - b).abs().max()) for a, b in zip((entering, leaving), expected, strict=True)))
+        expected = [stacked(table, me, routes.segments, heads, K, V) for table in brute_force(layout, a2a_size, heads)]
+        whole = {link: torch.cat(law, -1) for link, law in laws.items()}
+        for way in (
+            ComposedStates(routes, groups.states),
+            GatheredStates(state_gather(layout, a2a_size, me, heads), groups.states),
+        ):
+            sent, d_sent = stacked(whole, me, way.slots, heads, K, V + K), stacked(d_exts, me, way.slots, heads, K, V)
+            entering, maps = way.forward(sent, V, kernels=False)
+            leaving = way.backward(d_sent, maps, kernels=False, meanwhile=list)
+            found = zip((entering, leaving), expected, strict=True)
+            errors.append(max(float((a - b).abs().max()) if b.numel() else 0.0 for a, b in found))
     return errors
 
 
@@ -109,10 +114,12 @@ def test_ranks_agree_on_counts_and_every_chain_has_one_composer(data):
             assert len(routes[g].rows) == sum(routes[g].to_composers)
     links = [len([1 for g, s in chain if _tokens(layout, a2a_size, g, s)]) for chain in layout.chains(a2a_size)]
     steps = sum(max(0, count - 1) for count in links) * heads
-    assert sum(sum(rank.active) for rank in ranks) == steps
+    composed = [len(rank.forward.links) - len(rank.forward.units) for rank in ranks]
+    assert sum(composed) == steps
+    assert [len(rank.reverse.links) for rank in ranks] == [len(rank.forward.links) for rank in ranks]
     # No composer has more than its share, but for the last chain that it began.
     longest = max([count - 1 for count in links], default=0)
-    assert all(sum(rank.active) <= steps / groups + max(longest, 0) for rank in ranks)
+    assert all(found <= steps / groups + max(longest, 0) for found in composed)
 
 
 def _tokens(layout: ThdLayout, a2a_size: int, group: int, slot: int) -> int:
@@ -132,6 +139,28 @@ def test_what_travels_does_not_grow_with_the_number_of_ranks():
         # A composer gets its share of all, to within one chain of one head.
         assert max(sum(r.leaving.from_members) for r in ranks) <= 2 * heads + 2 * world
     assert sent == [4 * heads] * 4
+
+
+def test_few_bytes_are_gathered_and_many_composed():
+    group = cast(dist.ProcessGroup, object())
+    for sequences, expected in ((1, GatheredStates), (16, ComposedStates)):
+        layout = ThdLayout.zigzag(range(0, 64 * sequences + 1, 64), 4)
+        # Zigzag leaves a rank two segments of a sequence at most: 2 * 32 heads of 128 KiB from each of 4 ranks.
+        assert gathered_bytes(layout, 1, 32, 128, 128) == sequences * 2**25
+        assert (sequences * 2**25 <= GATHER_BYTES) == (expected is GatheredStates)
+        groups = SimpleNamespace(states=group, a2a_size=1, group_index=0)
+        routes = state_routes(layout, 1, 0, 32)
+        assert isinstance(state_exchange(layout, cast(CpGroups, groups), 32, 128, 128, routes), expected)
+
+
+def test_a_gather_keeps_the_maps_of_chains_that_touch_the_rank():
+    layout = ThdLayout.contiguous([0, 5, 12], 3)  # ranks 0 and 1 share the first sequence, 1 and 2 the second
+    for rank, (own, chains) in enumerate(((1, 1), (2, 2), (1, 1))):
+        plan = state_gather(layout, 1, rank, 4)
+        assert (plan.slots, plan.segments) == (2, own)
+        assert len(plan.forward.units) == 4 * chains
+        assert plan.kept == 0  # no segment lies between two others
+    assert state_gather(ThdLayout.zigzag([0, 16], 4), 1, 2, 4).kept == 4 * 5  # of a chain of seven segments
 
 
 def test_only_what_someone_needs_travels():
