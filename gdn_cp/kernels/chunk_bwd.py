@@ -114,6 +114,15 @@ def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2
     return -(-num_chunks // slices)
 
 
+def concurrent_pieces(num_pieces: int, num_chunks: int, size: int) -> int:
+    """Pieces of which a slice of `size` chunks holds a part, if they are equally long; whole sequences count as one.
+
+    >>> concurrent_pieces(4, 2048, 410), concurrent_pieces(4, 2048, 2048)
+    (2, 4)
+    """
+    return min(num_pieces, 1 + cdiv((num_pieces - 1) * size, max(num_chunks, 1)))
+
+
 def summary_chunks(num_chunks: int, HV: int, K: int, element_size: int = 2) -> int:
     """Chunks of a slice when only gradients of states are walked, which needs X and Y and nothing else; at least 1."""
     fitting = max(SLICE_BYTES // (HV * CHUNK * (K + CHUNK) * element_size), 16)
@@ -246,7 +255,8 @@ class Slices:
         self.prepared, self.tables, self.scale, self.size = prepared, tables, scale, size
         self.H, self.K = q.shape[2:]
         self.HV, self.V = v.shape[2:]
-        self.config = backward_config(q.device, q.dtype, self.K, self.V, tables.num_pieces * self.HV)
+        walks = concurrent_pieces(tables.num_pieces, tables.num_chunks, size) * self.HV
+        self.config = backward_config(q.device, q.dtype, self.K, self.V, walks)
         self.tma = self.config.tma and bulk_copy_fits(q, k, v, do)
         self.constants = {
             "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": max(16, power_of_2(self.K)),

@@ -16,22 +16,23 @@ Dimensions: N sequences (segments), NP pieces (bound), HV value heads, K, V head
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn_cp.kernels.configs import options
+from gdn_cp.kernels.configs import cdiv, options, power_of_2
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
 
 ENTERED = 1
 LEFT = 2
-# Columns of the state per program, rows of a step of the product, warps and pipeline stages: forward, and in reverse.
-_LAUNCH = {False: (8, 32, 8, 4), True: (16, 32, 8, 1)}
+COLUMNS_PER_PROGRAM = 16
+# Three products of tf32 for one of float32, to its rounding.
+_PRECISION = "tf32x3"
 
 
 @triton.jit
@@ -39,14 +40,17 @@ def compose_kernel(
     ext_ptr, maps_ptr, given_ptr, marks_ptr, whole_ptr, pieces_ptr, roles_ptr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, COLUMNS: tl.constexpr, EXT_WIDTH: tl.constexpr,
     MAP_WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, REVERSE: tl.constexpr,
-    STAGES: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Program (first piece p of a sequence, value head, BV columns): X := ext + M X over the pieces, M^T in REVERSE.
 
     X starts from `given` [N, HV, K, V], else from zero in the first V columns and from the identity in the others.
-    It is left in `marks` [NP, HV, K, COLUMNS] before each piece is applied (so also before the first), from where the
-    product reads it by BR rows, which keeps few operands in registers; the barrier lets every thread see what all have
-    written. `whole` [N, HV, K, COLUMNS] gets what comes out of the last piece; without it that piece is not applied.
+    It is left in `marks` [NP, HV, K, COLUMNS] before each piece is applied (so also before the first). `whole` [N, HV,
+    K, COLUMNS] gets what comes out of the last piece; without it that piece is not applied.
+
+    X is held transposed, [BV, K], and multiplied from the right: products of 16 rows run as warp-level `mma`, which may
+    take operands from registers. M, which waits for nothing, is fetched some pieces ahead where it fits (BR >= K);
+    else X is read back from `marks` by BR rows, and the barrier lets every thread see what all have written.
     """
     BLOCKS: tl.constexpr = (COLUMNS + BV - 1) // BV
     pid = tl.program_id(0)
@@ -73,38 +77,43 @@ def compose_kernel(
     d = tl.arange(0, BK)
     r = tl.arange(0, BR)
     e = block * BV + tl.arange(0, BV)
-    mask = (d[:, None] < K) & (e[None, :] < COLUMNS)
-    state = tl.where(d[:, None] == e[None, :] - V, 1.0, 0.0)
+    mask = (d[None, :] < K) & (e[:, None] < COLUMNS)
+    ext_mask = (d[None, :] < K) & (e[:, None] < V)
+    along, across = (1, MAP_WIDTH) if REVERSE else (MAP_WIDTH, 1)
+    state = tl.where(d[None, :] == e[:, None] - V, 1.0, 0.0)
     if given_ptr is not None:
-        state = tl.load(given_ptr + (n * HV + hv) * (K * V) + d[:, None] * V + e[None, :], mask=mask, other=0.0)
-    for step in range(0, left + 1):
+        state = tl.load(given_ptr + (n * HV + hv) * (K * V) + d[None, :] * V + e[:, None], mask=mask, other=0.0)
+    applied = left if whole_ptr is None else left + 1
+    for step in tl.range(0, applied, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         piece = p + left - step if REVERSE else p + step
-        applied = (step < left) | (whole_ptr is not None)
-        has_map = applied & ((step > 0) | first_has_map)
-        mark = marks_ptr + (piece * HV + hv) * (K * COLUMNS)
-        tl.store(mark + d[:, None] * COLUMNS + e[None, :], state, mask=mask)
-        tl.debug_barrier()
-        ext = ext_ptr + (piece * HV + hv) * (K * EXT_WIDTH)
-        state = tl.load(
-            ext + d[:, None] * EXT_WIDTH + e[None, :],
-            mask=(d[:, None] < K) & (e[None, :] < V) & applied,
-            other=0.0,
-        )
-        M = maps_ptr + (piece * HV + hv) * (K * MAP_WIDTH)
-        for first in tl.range(0, K, BR, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-            rows = first + r
-            along, across = (1, MAP_WIDTH) if REVERSE else (MAP_WIDTH, 1)
-            tile = M + d[:, None] * along + rows[None, :] * across
-            factor = tl.load(tile, mask=(d[:, None] < K) & (rows[None, :] < K) & has_map, other=0.0)
-            part = tl.load(
-                mark + rows[:, None] * COLUMNS + e[None, :],
-                mask=(rows[:, None] < K) & (e[None, :] < COLUMNS),
-                other=0.0,
-            )
-            state = tl.dot(factor, part, state, input_precision="ieee")
+        has_map = (step > 0) | first_has_map
+        at = piece * HV + hv
+        mark = marks_ptr + at * (K * COLUMNS)
+        tl.store(mark + d[None, :] * COLUMNS + e[:, None], state, mask=mask)
+        ext = ext_ptr + at * (K * EXT_WIDTH) + d[None, :] * EXT_WIDTH + e[:, None]
+        moved = tl.load(ext, mask=ext_mask, other=0.0)
+        M = maps_ptr + at * (K * MAP_WIDTH) + d[None, :] * along
+        if BR >= K:
+            factor = tl.load(M + r[:, None] * across, mask=(d[None, :] < K) & (r[:, None] < K) & has_map, other=0.0)
+            state = tl.dot(state, factor, moved, input_precision=PRECISION)
+        else:
+            tl.debug_barrier()
+            for first in range(0, K, BR):
+                rows = (first + r)[:, None]
+                factor = tl.load(M + rows * across, mask=(d[None, :] < K) & (rows < K) & has_map, other=0.0)
+                part = tl.load(
+                    mark + (first + r)[None, :] * COLUMNS + e[:, None],
+                    mask=((first + r)[None, :] < K) & (e[:, None] < COLUMNS),
+                    other=0.0,
+                )
+                moved = tl.dot(part, factor, moved, input_precision=PRECISION)
+            state = moved
     if whole_ptr is not None:
         whole = whole_ptr + (n * HV + hv) * (K * COLUMNS)
-        tl.store(whole + d[:, None] * COLUMNS + e[None, :], state, mask=mask)
+        tl.store(whole + d[None, :] * COLUMNS + e[:, None], state, mask=mask)
+    else:
+        last = marks_ptr + ((p if REVERSE else p + left) * HV + hv) * (K * COLUMNS)
+        tl.store(last + d[None, :] * COLUMNS + e[:, None], state, mask=mask)
 
 
 def piece_states(
@@ -162,20 +171,24 @@ def _compose(
     roles: Tensor | None, V: int, columns: int, reverse: bool,
 ) -> None:  # fmt: skip
     NP, HV, K = ext.shape[:3]
-    block_v, _, warps, stages = _LAUNCH[reverse]
     if NP:
-        compose_kernel[(NP * HV * -(-columns // block_v),)](
-            ext, maps, given, marks, whole, pieces, roles,
-            **options(warps, stages, **_constants(HV, K, V, columns, ext.stride(2), maps.stride(2), reverse)),
-        )  # fmt: skip
+        warps, stages, constants = _settings(HV, K, V, columns, ext.stride(2), maps.stride(2), reverse)
+        compose_kernel[(NP * HV * cdiv(columns, COLUMNS_PER_PROGRAM),)](
+            ext, maps, given, marks, whole, pieces, roles, **options(warps, stages, **constants)
+        )
 
 
-def _constants(HV: int, K: int, V: int, columns: int, ext_width: int, map_width: int, reverse: bool) -> dict[str, int]:
-    block_v, block_r, _, stages = _LAUNCH[reverse]
-    BK = 1 << (K - 1).bit_length()
-    return {
+def _settings(
+    HV: int, K: int, V: int, columns: int, ext_width: int, map_width: int, reverse: bool
+) -> tuple[int, int, dict[str, Any]]:
+    """Warps, pipeline stages and constants: a warp for 16 rows of M, and M of two pieces ahead if it fits."""
+    BK = max(16, power_of_2(K))
+    fits = BK <= 128
+    stages = 3 if fits else 1
+    return max(BK // 16, 1), stages, {
         "HV": HV, "K": K, "V": V, "COLUMNS": columns, "EXT_WIDTH": ext_width, "MAP_WIDTH": map_width, "BK": BK,
-        "BV": block_v, "BR": min(block_r, BK), "REVERSE": reverse, "STAGES": stages,
+        "BV": COLUMNS_PER_PROGRAM, "BR": BK if fits else 32, "REVERSE": reverse, "STAGES": stages,
+        "PRECISION": _PRECISION,
     }  # fmt: skip
 
 
@@ -193,15 +206,16 @@ def compile_cases() -> list[CompileCase]:
         ("gradients", 256, 256, True, ("given_ptr", "whole_ptr", "roles_ptr")),
     ):
         signature = floats | {"given_ptr": "*fp32", "whole_ptr": "*fp32", "roles_ptr": "*i32"}
-        constants = _constants(4, dim, dim, columns, dim if reverse else 2 * dim, 2 * dim, reverse)
+        settings = _settings(4, dim, dim, columns, dim if reverse else 2 * dim, 2 * dim, reverse)
+        warps, stages, constants = settings
         cases.append(
             CompileCase(
                 name=f"chunk_pieces.{name}/K{dim}",
                 kernel=compose_kernel,
                 signature={key: kind for key, kind in signature.items() if key not in absent},
                 constexprs=constants | dict.fromkeys(absent),
-                num_warps=_LAUNCH[reverse][2],
-                num_stages=_LAUNCH[reverse][3],
+                num_warps=warps,
+                num_stages=stages,
                 main=dim == 128,
             )
         )
