@@ -192,7 +192,7 @@ def _run_rule(
     o, _, *of_rule = rule_forward(
         q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
         A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
-        intra_card=call.intra_card, **_RULE,
+        intra_card=call.intra_card, lean=True, **_RULE,
     )  # fmt: skip
     return o, of_rule, piece_chunks(q, v, call.cu_seqlens, call.intra_card) if of_rule[-1].numel() else 0
 
@@ -282,7 +282,7 @@ def _rule_backward(
         dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
             d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
             initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
-            need_dh0=False, piece_chunks=ctx.piece_chunks, **_RULE,
+            need_dh0=False, piece_chunks=ctx.piece_chunks, overwrite_q=scratch is None, **_RULE,
         )  # fmt: skip
     if call.shares > 1:
         dA_log, d_dt_bias = embed_heads(dA_log, d_dt_bias, call.shares, call.share)

@@ -56,13 +56,14 @@ class Segments:
 
 @dataclass
 class Row:
-    """One shape under one cut: chunks to a piece (0: none), milliseconds forward, and forward with backward."""
+    """One shape under one cut: chunks to a piece forward and backward (0: none), milliseconds forward, and both."""
 
     heads: tuple[int, int]
     tokens: int
     sequences: int
     asked: str
     pieces: int
+    backward_pieces: int
     forward: float
     both: float
 
@@ -87,10 +88,11 @@ def case_of(heads: tuple[int, int], tokens: int, sequences: int) -> Case:
     return Case(f"{heads[0]}/{heads[1]} x {tokens}", tokens, heads=heads, lengths=lengths, beta=False, gate=-0.05)
 
 
-def chosen_cut(case: Case) -> int:
-    """Chunks to a piece that the automatic choice takes."""
+def chosen_cuts(case: Case) -> tuple[int, int]:
+    """Chunks to a piece that the automatic choice takes, forward and backward."""
     assert case.lengths is not None
-    return chain_plan(DEVICE, case.dtype, len(case.lengths), case.tokens, case.heads[1], *case.dims)[1]
+    plan = chain_plan(DEVICE, case.dtype, len(case.lengths), case.tokens, case.heads[1], *case.dims)
+    return plan.cut, plan.backward_cut
 
 
 def measure(case: Case, intra_card: int | None, repeats: int) -> Row:
@@ -107,10 +109,10 @@ def measure(case: Case, intra_card: int | None, repeats: int) -> Row:
         return torch.autograd.grad(chunk_gated_delta_rule(**call)[0], list(inputs.values()), weight)
 
     assert case.lengths is not None
-    pieces = chosen_cut(case) if intra_card is None else intra_card
+    pieces = chosen_cuts(case) if intra_card is None else (intra_card, intra_card)
     asked = "automatic" if intra_card is None else "off" if intra_card == 0 else "fixed"
     times = (_time(forward, repeats), _time(both, repeats))
-    return Row(case.heads, case.tokens, len(case.lengths), asked, pieces, *times)
+    return Row(case.heads, case.tokens, len(case.lengths), asked, *pieces, *times)
 
 
 def _time(function: Callable[[], object], repeats: int) -> float:
@@ -218,13 +220,14 @@ def judge(rows: list[Row]) -> list[str]:
 def print_table(rows: list[Row], summaries: list[SummaryRow]) -> None:
     """Times beside those of no cut, and the parts of state passing."""
     print(
-        f"{'heads':>6} {'tokens':>7} {'seqs':>4} {'cut':>9} {'pieces':>6} {'fwd ms':>8} {'both ms':>8}  times as fast"
+        f"{'heads':>6} {'tokens':>7} {'seqs':>4} {'cut':>9} {'pieces':>9} {'fwd ms':>8} {'both ms':>8}  times as fast"
     )
     unsplit = {(row.heads, row.tokens, row.sequences): row for row in rows if row.asked == "off"}
     for row in rows:
         base = unsplit[row.heads, row.tokens, row.sequences]
         print(
-            f"{row.heads[0]:>3}/{row.heads[1]:<2} {row.tokens:>7} {row.sequences:>4} {row.asked:>9} {row.pieces:>6} "
+            f"{row.heads[0]:>3}/{row.heads[1]:<2} {row.tokens:>7} {row.sequences:>4} {row.asked:>9} "
+            f"{row.pieces:>4}/{row.backward_pieces:<4} "
             f"{row.forward:8.3f} {row.both:8.3f}  {base.forward / row.forward:5.2f} {base.both / row.both:5.2f}"
         )
     print("two segments, continued at both ends, ms:")

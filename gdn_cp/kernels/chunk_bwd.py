@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 # Buffers of one slice: small beside the activations of the batches that are cut, large enough to fill the card.
 SLICE_BYTES = 384 * 2**20
+# Where memory counts more than a few launches, two slices from this size on: half the buffers, and 128 programs still.
+LEAN_BYTES = 128 * 2**20
 
 
 class BackwardLaunch(NamedTuple):
@@ -96,18 +98,32 @@ def _shipped_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
         return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, warps, 2), (half, warps, 2))
     if K > 128:
         return BackwardLaunch((16, 4, 2), (16, 4, 2), (half, 8, 2), (half, 8, 2))
-    columns = block_v
-    while columns > 16 and walks * 2 * cdiv(V, columns // 2) <= multiprocessors(device):
-        columns //= 2
+    columns = chain_columns(walks, V, multiprocessors(device))
     if K <= 64:
         return BackwardLaunch((columns, 4, 3), (half, 4, 3), (half, 4, 3), (half, 4, 3), True)
     return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (half, 4, 3), True)
 
 
-def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2) -> int:
-    """Chunks of a slice when num_chunks are too many for one set of buffers of SLICE_BYTES, else 0 (no slices)."""
+def chain_columns(walks: int, V: int, processors: int) -> int:
+    """Columns of the state per program, 16 to 64: the fewest with which the programs of `walks` all run at once.
+
+    >>> chain_columns(8, 128, 132), chain_columns(16, 128, 132), chain_columns(64, 128, 132)
+    (16, 32, 64)
+    """
+    columns = max(16, min(64, power_of_2(V)))
+    while columns > 16 and walks * 2 * cdiv(V, columns // 2) <= processors:
+        columns //= 2
+    return columns
+
+
+def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2, lean: bool = False) -> int:
+    """Chunks of a slice when num_chunks are too many for one set of buffers of SLICE_BYTES, else 0 (no slices).
+
+    With `lean` also when they take more than LEAN_BYTES: then the buffers are no more than half of what they would be.
+    """
     per_chunk = HV * (2 * K * V + CHUNK * (max(K, 2 * CHUNK) + 2 * V)) * element_size
-    fitting = max(SLICE_BYTES // per_chunk, 16)
+    most = min(SLICE_BYTES, max(LEAN_BYTES, num_chunks * per_chunk // 2)) if lean else SLICE_BYTES
+    fitting = max(most // per_chunk, 16)
     if num_chunks <= fitting:
         return 0
     slices = -(-num_chunks // fitting)
@@ -151,6 +167,7 @@ def chunk_gated_delta_rule_bwd(
     use_beta_sigmoid_in_kernel: bool,
     state_v_first: bool,
     need_dh0: bool,
+    overwrite_q: bool = False,
     checkpoints: Tensor | None = None,
     piece_states: tuple[Tensor, Tensor] | None = None,
     piece_chunks: int = 0,
@@ -164,8 +181,9 @@ def chunk_gated_delta_rule_bwd(
         q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens, flags: as the public operation's; q, k, v with a
             contiguous last dimension and evenly spaced rows.
         prepared: what the forward kept: G, bt, rq, rk, Ag.
-        checkpoints: [ceil(NT / L), HV, K, V] float32, states before chunks 0, L, 2L, .. with L = slice_chunks(NT, ...);
-            None: everything in one slice.
+        overwrite_q: let dq take the memory of q, which nobody needs any more.
+        checkpoints: [S, HV, K, V] float32, states before chunks 0, L, 2L, .. with L = ceil(NT / S); None: everything in
+            one slice.
         piece_states: with sequences cut into pieces of piece_chunks chunks, the state at the start of each piece
             [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in.
         slices: what `start_backward` gave for the same arguments, if it was called before.
@@ -174,10 +192,11 @@ def chunk_gated_delta_rule_bwd(
         Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
     """
     run = slices or start_backward(
-        do, q, k, v, prepared, cu_seqlens, scale=scale, sliced=checkpoints is not None, piece_chunks=piece_chunks
+        do, q, k, v, prepared, cu_seqlens, scale=scale, checkpoints=checkpoints, piece_chunks=piece_chunks
     )
     tables, HV = run.tables, run.HV
-    out = _allocate(q, k, v, g, beta, tables.num_sequences if need_dh0 else None, state_v_first)
+    num_states = tables.num_sequences if need_dh0 else None
+    out = _allocate(q, k, v, g, beta, num_states, state_v_first, overwrite_q)
     # Shares of the chunks in dA_log and ddt_bias.
     parts = None
     if use_gate_in_kernel:
@@ -207,17 +226,13 @@ def chunk_gated_delta_rule_bwd(
 @launches
 def start_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, cu_seqlens: Tensor | None, *, scale: float,
-    sliced: bool, piece_chunks: int = 0,
+    checkpoints: Tensor | None, piece_chunks: int = 0,
 ) -> Slices:  # fmt: skip
-    """The backward of one batch before anything is launched; arguments as `chunk_gated_delta_rule_bwd`'s.
-
-    `sliced`: whether the forward kept checkpoints.
-    """
-    B, T, HV, V = v.shape
-    tables = chunk_tables(B, T, cu_seqlens, q.device, piece_chunks)
+    """The backward of one batch before anything is launched; arguments as `chunk_gated_delta_rule_bwd`'s."""
+    tables = chunk_tables(*v.shape[:2], cu_seqlens, q.device, piece_chunks)
     NT = tables.num_chunks
-    length = slice_chunks(NT, HV, q.shape[3], V, q.element_size()) if sliced else NT
-    return Slices(q, k, v, do, prepared, tables, scale, max(min(length, NT), 1))
+    length = NT if checkpoints is None else cdiv(NT, checkpoints.shape[0])
+    return Slices(q, k, v, do, prepared, tables, scale, max(length, 1))
 
 
 @launches
@@ -255,7 +270,9 @@ class Slices:
         self.prepared, self.tables, self.scale, self.size = prepared, tables, scale, size
         self.H, self.K = q.shape[2:]
         self.HV, self.V = v.shape[2:]
-        walks = concurrent_pieces(tables.num_pieces, tables.num_chunks, size) * self.HV
+        # The table's bound on pieces has one spare for each sequence where sequences are cut.
+        pieces = max(tables.num_pieces - tables.num_sequences, tables.num_sequences)
+        walks = concurrent_pieces(pieces, tables.num_chunks, size) * self.HV
         self.config = backward_config(q.device, q.dtype, self.K, self.V, walks)
         self.tma = self.config.tma and bulk_copy_fits(q, k, v, do)
         self.constants = {
@@ -369,16 +386,16 @@ class Slices:
             self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, dG, out.dbeta,
             self.scale, c0, *_strides(q, k, self.v, do), SIGMOID=sigmoid, **options, **self.constants,
         )  # fmt: skip
-        bv, options = _options(self.config.dq)
-        dq_kernel[((c1 - c0) * self.H,)](
-            q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D, dG,
-            out.dq, self.scale, c0, *_strides(q, k, do), **options, **self.constants,
-        )  # fmt: skip
         bv, options = _options(self.config.dk)
         dk_kernel[((c1 - c0) * self.H,)](
             q, k, self.prepared.G, self.prepared.rk, self.matrices(self.h, bv), self.matrices(self.dh, bv), chunks,
             self.matrices(self.M, bv), self.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k),
             **options, **self.constants,
+        )  # fmt: skip
+        bv, options = _options(self.config.dq)
+        dq_kernel[((c1 - c0) * self.H,)](
+            q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D, dG,
+            out.dq, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
         )  # fmt: skip
         return dG
 
@@ -413,9 +430,10 @@ def _strides(*tensors: Tensor) -> list[int]:
 
 
 def _allocate(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, num_states: int | None, state_v_first: bool
-) -> Gradients:
-    """Empty gradients of the inputs, contiguous; dh0 for `num_states` sequences."""
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, num_states: int | None, state_v_first: bool,
+    overwrite_q: bool,
+) -> Gradients:  # fmt: skip
+    """Empty gradients of the inputs, contiguous, but dq in q's memory with `overwrite_q`; dh0 for `num_states`."""
 
     def like(x: Tensor) -> Tensor:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -426,7 +444,7 @@ def _allocate(
         dh0 = torch.empty(num_states, v.shape[2], *dims, dtype=torch.float32, device=q.device)
     dg = None if g is None else like(g)
     dbeta = None if beta is None else like(beta)
-    return Gradients(like(q), like(k), like(v), dg, dbeta, dh0, None, None)
+    return Gradients(q if overwrite_q else like(q), like(k), like(v), dg, dbeta, dh0, None, None)
 
 
 def compile_cases() -> list[CompileCase]:

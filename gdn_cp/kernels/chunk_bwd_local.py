@@ -143,12 +143,14 @@ def scores_kernel(
 @triton.jit(do_not_specialize=["c0"])
 def dq_kernel(
     q, k, do, G, rq, h, chunks, D, dG, dq, scale, c0, stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
+    stride_dt, stride_dh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: chunk c0 + id // H and q/k head id % H; dQ over all value heads of that head, and its part of dG.
 
-    dQ^T = sum of S (diag(scale gamma rq) dO)^T + K^T D^T, then the norm's part.
+    dQ^T = sum of S (diag(scale gamma rq) dO)^T + K^T D^T, then the norm's part. q and dq may be the same memory: the
+    tile is written last, and nobody reads q after this kernel.
     """
     pid = tl.program_id(0)
     local = (pid // H).to(tl.int64)
@@ -190,7 +192,7 @@ def dq_kernel(
     if rq is not None:
         q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
         dq_t = _norm_gradient(dq_t, tl.trans(q_tile), q_norm)
-    store_rows(dq + (row * H + hk) * K, tl.trans(dq_t), 0, n_rows, H * K, K, BK, C)
+    store_rows(dq + row * stride_dt + hk * stride_dh, tl.trans(dq_t), 0, n_rows, stride_dt, K, BK, C)
 
 
 @triton.jit(do_not_specialize=["c0"])

@@ -53,11 +53,9 @@ class TritonSegments:
         self.roles = roles
         (_, T, HV, V), K = self.v.shape, self.q.shape[3]
         device = self.q.device
-        launch, cut = chain_plan(
-            device, self.q.dtype, len(roles), T, HV, K, V, intra_card=intra_card, summarised=True
-        )  # fmt: skip
-        self.piece_chunks = cut
-        self.tables = chunk_tables(1, T, cu_seqlens, device, cut)
+        plan = chain_plan(device, self.q.dtype, len(roles), T, HV, K, V, intra_card=intra_card, summarised=True)
+        self.piece_chunks = plan.backward_cut
+        self.tables = chunk_tables(1, T, cu_seqlens, device, plan.cut)
         self.prepared = prepare(
             self.q,
             self.k,
@@ -72,7 +70,7 @@ class TritonSegments:
             use_gate_in_kernel=options.use_gate_in_kernel,
             use_beta_sigmoid_in_kernel=options.use_beta_sigmoid_in_kernel,
         )
-        self.walk = Walk(self.q, self.k, self.v, self.prepared, self.tables, scale, False, launch)
+        self.walk = Walk(self.q, self.k, self.v, self.prepared, self.tables, scale, False, plan.launch)
         self.sums: Tensor | None = None
         self.starts: Tensor | None = None
         self.checkpoints: Tensor | None = None
@@ -88,7 +86,7 @@ class TritonSegments:
     def run(self, entering: Tensor) -> Tensor:
         """o [1, T, HV, V], given the states [n, HV, K, V] that enter the segments."""
         (HV, V), K, chunks = self.v.shape[2:], self.q.shape[3], self.tables.num_chunks
-        length = slice_chunks(chunks, HV, K, V, self.q.element_size())
+        length = slice_chunks(chunks, HV, K, V, self.q.element_size(), True)
         if length:
             shape = (-(-chunks // length), HV, K, V)
             self.checkpoints = torch.empty(shape, dtype=torch.float32, device=self.q.device)
@@ -101,7 +99,7 @@ class TritonSegments:
     def kept(self) -> Kept:
         """What the backward needs besides the inputs and the entering states; after `run`."""
         p = self.prepared
-        pieces = (self.starts, self.sums) if self.walk.cut else (None, None)
+        pieces = (self.starts, self.sums) if self.walk.cut and self.piece_chunks else (None, None)
         return p.G, p.bt, p.rq, p.rk, p.Ag, self.checkpoints, *pieces
 
 
@@ -123,7 +121,7 @@ class TritonSegmentsBackward:
         self.do = even_rows(d_output)
         self.slices = start_backward(
             self.do, self.q, self.k, self.v, self.prepared, cu_seqlens, scale=scale,
-            sliced=self.checkpoints is not None, piece_chunks=piece_chunks,
+            checkpoints=self.checkpoints, piece_chunks=piece_chunks,
         )  # fmt: skip
 
     def state_gradient(self, slots: int = 0) -> Tensor:

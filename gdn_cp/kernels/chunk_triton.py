@@ -78,13 +78,17 @@ def rule_forward(
     use_beta_sigmoid_in_kernel: bool,
     state_v_first: bool,
     intra_card: int | None,
+    lean: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None."""
+    """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None.
+
+    With `lean` the backward takes less memory and a few more launches, see `chunk_bwd.slice_chunks`.
+    """
     (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = even_rows(q), even_rows(k), even_rows(v)
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    launch, cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)
-    tables = chunk_tables(B, T, cu_seqlens, q.device, cut)
+    plan = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)
+    tables = chunk_tables(B, T, cu_seqlens, q.device, plan.cut)
     prepared = prepare(
         q,
         k,
@@ -99,7 +103,7 @@ def rule_forward(
         use_gate_in_kernel=use_gate_in_kernel,
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
     )
-    length = slice_chunks(tables.num_chunks, HV, K, V, q.element_size())
+    length = slice_chunks(tables.num_chunks, HV, K, V, q.element_size(), lean)
     checkpoints = q.new_empty(_checkpoints(tables.num_chunks, length, HV, K, V), dtype=torch.float32)
     o, final, pieces = chain_forward(
         q,
@@ -111,17 +115,26 @@ def rule_forward(
         initial_state=initial_state,
         output_final_state=output_final_state,
         state_v_first=state_v_first,
-        launch=launch,
+        launch=plan.launch,
         checkpoints=checkpoints if length else None,
         slice_chunks=length,
     )
     kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
-    starts, sums = pieces or (_no_states(q, HV, K, V), _no_states(q, HV, K, V + K))
+    if pieces is None or not plan.backward_cut:
+        pieces = _no_states(q, HV, K, V), _no_states(q, HV, K, V + K)
     G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)
-    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints, starts, sums
+    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints, *pieces
 
 
-_forward = torch.library.custom_op("gdn_cp::chunk_gated_delta_rule_fwd", rule_forward, mutates_args=())
+_forward = torch.library.custom_op(
+    "gdn_cp::chunk_gated_delta_rule_fwd",
+    rule_forward,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor? initial_state, "
+    "bool output_final_state, Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens, bool use_qk_l2norm_in_kernel, "
+    "bool use_gate_in_kernel, bool use_beta_sigmoid_in_kernel, bool state_v_first, int? intra_card) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_forward.register_fake
@@ -138,7 +151,7 @@ def _(
     if isinstance(N, torch.SymInt) or isinstance(B * T, torch.SymInt):
         pieces = torch.library.get_ctx().new_dynamic_size()  # the cut is chosen when the numbers are known
     else:
-        cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)[1]
+        cut = chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card).backward_cut
         pieces = N + NT // cut if cut and NT // cut else 0
     state = ((N, HV, V, K) if state_v_first else (N, HV, K, V)) if output_final_state else (0,)
     norms = (NT, H, CHUNK) if use_qk_l2norm_in_kernel else (0,)
@@ -187,8 +200,12 @@ def rule_backward(
     state_v_first: bool,
     need_dh0: bool,
     piece_chunks: int,
+    overwrite_q: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None."""
+    """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None.
+
+    With `overwrite_q` dq takes the memory of q, which nobody may need any more.
+    """
     norm = use_qk_l2norm_in_kernel
     pieces: dict[str, Any] = {}
     if starts.numel():
@@ -212,6 +229,7 @@ def rule_backward(
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
         state_v_first=state_v_first,
         need_dh0=need_dh0,
+        overwrite_q=overwrite_q,
         checkpoints=checkpoints if checkpoints.numel() else None,
         **pieces,
     )
@@ -269,10 +287,11 @@ def _(
 
 
 def piece_chunks(q: Tensor, v: Tensor, cu_seqlens: Tensor | None, intra_card: int | None) -> int:
-    """Chunks of a piece in `rule_forward` with these arguments, which `rule_backward` has to be told; 0: no pieces."""
+    """Chunks of a piece in `rule_forward` with these arguments, 0: no pieces. If it kept summaries, `rule_backward` has
+    to be told."""
     (B, T, HV, V), K = v.shape, q.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    return chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card)[1]
+    return chain_plan(q.device, q.dtype, N, B * T, HV, K, V, intra_card=intra_card).cut
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import chunk_bwd, chunk_triton
+from gdn_cp.kernels import chunk_bwd, chunk_triton, piece_plan
 from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 
@@ -155,6 +155,13 @@ def test_slices_of_two_chunks_change_nothing(case, pieces, monkeypatch):
         assert torch.equal(gradient, sliced[name]), f"gradient of {name}"
 
 
+@pytest.mark.parametrize("case", [Case(T=230), PACKED], ids=["one", "packed"])
+def test_backward_may_stay_whole_where_the_forward_is_cut(case, monkeypatch):
+    whole = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE)
+    monkeypatch.setattr(piece_plan, "best_cut", lambda *_: (16, 1, 0))
+    _assert_close(_gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE), whole)
+
+
 @pytest.mark.parametrize("case", [Case(T=230), Case(lengths=(200, 0, 70), v_first=True)], ids=["one", "packed"])
 def test_sequences_cut_into_pieces(case, monkeypatch):
     """Pieces of one chunk: the first, inner ones with their maps, a last one that starts from the final gradient."""
@@ -217,6 +224,34 @@ def test_slice_rule():
     # Per chunk and head, in bfloat16: two states, X and what follows it in the same memory, and U.
     assert 0 < length * 32 * 2 * (2 * 128 * 128 + 64 * 128 + 64 * 128) <= chunk_bwd.SLICE_BYTES
     assert chunk_bwd.slice_chunks(length, HV=32, K=128, V=128) == 0
+
+
+def test_lean_slices_halve_the_buffers_of_middling_batches():
+    """Qwen3-Next's heads among four ranks, 16,384 tokens: 256 chunks of 8 heads."""
+    assert chunk_bwd.slice_chunks(256, 8, 128, 128) == 0
+    assert chunk_bwd.slice_chunks(256, 8, 128, 128, 2, True) == 128
+    assert chunk_bwd.slice_chunks(64, 8, 128, 128, 2, True) == 0  # too small to matter
+    chunks = 16384
+    assert chunk_bwd.slice_chunks(chunks, 32, 128, 128, 2, True) == chunk_bwd.slice_chunks(chunks, 32, 128, 128)
+
+
+def test_gradient_of_q_in_its_own_memory():
+    draw = torch.Generator().manual_seed(0)
+    T, H, HV, D = 100, 1, 2, 16
+    qkv = torch.randn(1, T, (2 * H + HV) * D, generator=draw).to(DEVICE)
+    q, k, v = (x.unflatten(2, (-1, D)) for x in qkv.split([H * D, H * D, HV * D], 2))
+    g, beta, do = (torch.randn(1, T, HV, *rest, generator=draw).to(DEVICE) for rest in ((), (), (D,)))
+    flags = {
+        "scale": 0.25, "initial_state": None, "cu_seqlens": None, "use_qk_l2norm_in_kernel": True,
+        "use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": True, "state_v_first": False, "A_log": None,
+        "dt_bias": None,
+    }  # fmt: skip
+    _, _, *kept = chunk_triton.rule_forward(q, k, v, -g.abs(), beta, output_final_state=False, intra_card=0, **flags)
+    call = (do, None, q, k, v, -g.abs(), beta, *kept)
+    expected = chunk_triton.rule_backward(*call, need_dh0=False, piece_chunks=0, **flags)
+    got = chunk_triton.rule_backward(*call, need_dh0=False, piece_chunks=0, overwrite_q=True, **flags)
+    assert got[0].data_ptr() == q.data_ptr()
+    assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
 
 
 COMPILED = """
