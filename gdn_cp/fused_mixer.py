@@ -41,6 +41,7 @@ from gdn_cp.kernels.configs import on_device
 from gdn_cp.kernels.conv1d_triton import (
     Channels,
     GateColumns,
+    Halo,
     SectionGradients,
     convolve_rows,
     convolve_rows_backward,
@@ -150,12 +151,13 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     buffer, z = call.transport.send_in(projected, call.keep)
     num_rows = projected.shape[0] * call.shares
     copy = call.keep and buffer.transient
+    halo = None if call.states is None else call.states.fetch_halo(buffer)
     qkv, gates, kept = call.convolve(
-        buffer.data, buffer.rows, parameters, num_rows, gates=call.gates(buffer.gates), keep=copy
+        buffer.data, buffer.rows, parameters, num_rows, gates=call.gates(buffer.gates), keep=copy, halo=halo
     )
     assert gates is not None
     x, x_rows = (buffer.data, buffer.rows) if kept is None else (kept, None)
-    o, of_rule, ctx.piece_chunks = _run_rule(call, x, x_rows, qkv, gates, parameters)
+    o, of_rule, ctx.piece_chunks = _run_rule(call, qkv, gates, parameters)
     del qkv, buffer
     returned = call.transport.return_out(o[0].flatten(1))
     del o
@@ -169,26 +171,19 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     )
     if call.keep:
         o = returned.data if kept is None else kept.unsqueeze(0)
-        ctx.call, ctx.x_rows = call, x_rows
-        ctx.save_for_backward(x, gates, z, o, *parameters, *of_rule)
+        ctx.call, ctx.x_rows, ctx.halo_at = call, x_rows, None if halo is None else halo.at
+        ctx.save_for_backward(x, gates, z, o, None if halo is None else halo.rows, *parameters, *of_rule)
     return out
 
 
 def _run_rule(
-    call: FusedCall, x: Tensor, x_rows: Tensor | None, qkv: Tensor, gates: Tensor, parameters: MixerParameters
+    call: FusedCall, qkv: Tensor, gates: Tensor, parameters: MixerParameters
 ) -> tuple[Tensor, Sequence[Tensor | None], int]:
-    """o of the delta rule, and what its backward needs: tensors and the chunks of a piece.
-
-    Where states pass between ranks, the convolution's edges in qkv are set right first.
-    """
+    """o of the delta rule, and what its backward needs: tensors and the chunks of a piece."""
     A_log, dt_bias = call.own_heads(parameters.A_log), call.own_heads(parameters.dt_bias)
-    if call.states is not None:
-        edge_rows = call.states.edge_rows(x, x_rows)
-        call.states.convolve_edges(edge_rows, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, qkv)
-        q, k, v, alpha, beta = call.by_heads(qkv, gates)
-        o, saved, cut = call.states.rule.forward(TokenInputs(q, k, v, alpha, beta, A_log, dt_bias))
-        return o, [edge_rows, *saved], cut
     q, k, v, alpha, beta = call.by_heads(qkv, gates)
+    if call.states is not None:
+        return call.states.rule.forward(TokenInputs(q, k, v, alpha, beta, A_log, dt_bias))
     o, _, *of_rule = rule_forward(
         q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
         A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
@@ -201,7 +196,8 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     """Each stage lets go of what no later one reads; at the rule, which needs most, little else is left."""
     call: FusedCall = ctx.call
     columns, in_place = call.transport.columns, isinstance(call.transport, LocalTransport)
-    x, gates, z, o, *rest = ctx.saved_tensors
+    x, gates, z, o, halo_rows, *rest = ctx.saved_tensors
+    halo = None if halo_rows is None else Halo(halo_rows, ctx.halo_at)
     parameters, of_rule = MixerParameters(*rest[:5]), rest[5:]
     del rest
     ctx.maybe_clear_saved_tensors()  # from here on only these names hold them, unless the graph is kept
@@ -214,24 +210,20 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     scratch = None
     if d_projected is not None and columns.width % 8 == 0:
         scratch = d_projected.narrow(1, 0, columns.conv)
-    gradients, dA_log, d_dt_bias = _rule_backward(ctx, x, gates, d_o, parameters, of_rule, scratch)
-    edge_rows = None if call.states is None else of_rule[0]
+    gradients, dA_log, d_dt_bias = _rule_backward(ctx, x, halo, gates, d_o, parameters, of_rule, scratch)
     del d_o, gates, of_rule, scratch
 
     buffer = call.transport.in_grad_buffer(dz if d_projected is None else d_projected)
     wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
-    edges = None
-    if call.states is not None and edge_rows is not None:
-        weight, bias = parameters.conv1d_weight.flatten(1), parameters.conv1d_bias
-        edges = call.states.begin_edge_gradients(edge_rows, gradients, weight, bias, wanted)
+    d_halo = None if call.states is None else call.states.halo_gradient(buffer)
     d_weight, d_bias = convolve_rows_backward(
         x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
         buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
+        halo=halo, d_halo=d_halo,
     )  # fmt: skip
-    if edges is not None:
-        edges.add_to(buffer)
-        d_weight, d_bias = d_weight + edges.d_weight, d_bias + edges.d_bias
-    del x, gradients, edges, edge_rows
+    if call.states is not None and d_halo is not None:
+        call.states.return_halo_gradient(d_halo, buffer)
+    del x, gradients, halo, halo_rows, d_halo
     if d_projected is None:
         d_projected = dz.new_empty(len(dz), columns.width)
         copy_columns(dz, d_projected.narrow(1, columns.conv, columns.v))
@@ -264,21 +256,19 @@ def _norm_backward(
 
 
 def _rule_backward(
-    ctx: Any, x: Tensor, gates: Tensor, d_o: Tensor, parameters: MixerParameters, of_rule: list[Tensor],
-    scratch: Tensor | None,
+    ctx: Any, x: Tensor, halo: Halo | None, gates: Tensor, d_o: Tensor, parameters: MixerParameters,
+    of_rule: list[Tensor], scratch: Tensor | None,
 ) -> tuple[SectionGradients, Tensor, Tensor]:  # fmt: skip
     """The convolution anew, into `scratch` if given, and the rule's gradients (of A_log and dt_bias of all heads)."""
     call: FusedCall = ctx.call
-    qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates), y=scratch)
+    qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates), y=scratch, halo=halo)
     A_log, dt_bias = call.own_heads(parameters.A_log), call.own_heads(parameters.dt_bias)
+    q, k, v, alpha, beta = call.by_heads(qkv, gates)
     if call.states is not None:
-        call.states.convolve_edges(of_rule[0], parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, qkv)
-        q, k, v, alpha, beta = call.by_heads(qkv, gates)
-        inputs, saved = TokenInputs(q, k, v, alpha, beta, A_log, dt_bias), tuple(of_rule[1:])
+        inputs, saved = TokenInputs(q, k, v, alpha, beta, A_log, dt_bias), tuple(of_rule)
         found: Any = call.states.rule.backward(inputs, saved, ctx.piece_chunks, d_o.view(v.shape), (True,) * 7)
         dq, dk, dv, d_alpha, d_beta, dA_log, d_dt_bias = found
     else:
-        q, k, v, alpha, beta = call.by_heads(qkv, gates)
         dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
             d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
             initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,

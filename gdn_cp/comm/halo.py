@@ -168,26 +168,20 @@ def _start(
 
 def _build_routes(layout: ThdLayout, a2a_size: int, me: int, width: int) -> HaloRoutes:
     groups = layout.cp_size // a2a_size
-    wanted = [_wanted_rows(layout, a2a_size, g, width) for g in range(groups)]
-    owner = np.empty(layout.t_global, dtype=np.int64)  # of each natural row: the group that holds it ...
-    place = np.empty(layout.t_global, dtype=np.int64)  # ... and the row of its buffer
-    for g in range(groups):
-        table = layout.segments(a2a_size, g)
-        rows = expand(_segment_starts(layout, table), np.diff(table.cu_seqlens))
-        owner[rows], place[rows] = g, np.arange(rows.size)
-
+    wanted = [wanted_rows(layout, a2a_size, g, width) for g in range(groups)]
+    located = [locate_rows(layout, a2a_size, rows) for rows in wanted]
     # Both ends order what one sends the other as the receiver's halo does.
-    outgoing = [place[rows[owner[rows] == me]] for rows in wanted]
+    outgoing = [place[owner == me] for owner, place in located]
     send_rows = np.concatenate(outgoing)
-    mine = wanted[me]
-    from_halo = np.argsort(owner[mine], kind="stable")
+    owner_of_mine, _ = located[me]
+    from_halo = np.argsort(owner_of_mine, kind="stable")
     owners, contributions = _sum_table(send_rows)
     device = layout.device
     return HaloRoutes(
-        lengths=_halo_lengths(layout, a2a_size, me, width),
+        lengths=halo_lengths(layout, a2a_size, me, width),
         send_rows=to_device(send_rows, device),
         send_counts=tuple(rows.size for rows in outgoing),
-        receive_counts=tuple(np.bincount(owner[mine], minlength=groups).tolist()),
+        receive_counts=tuple(np.bincount(owner_of_mine, minlength=groups).tolist()),
         to_halo=to_device(np.argsort(from_halo), device),
         from_halo=to_device(from_halo, device),
         owners=to_device(owners, device),
@@ -197,7 +191,8 @@ def _build_routes(layout: ThdLayout, a2a_size: int, me: int, width: int) -> Halo
     )
 
 
-def _halo_lengths(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> tuple[tuple[int, int], ...]:
+def halo_lengths(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> tuple[tuple[int, int], ...]:
+    """(slot, halo rows) of each segment of a group that has a halo of up to `width` - 1 rows."""
     table = layout.segments(a2a_size, group_index)
     rows = zip(table.starts, np.diff(table.cu_seqlens).tolist(), strict=True)
     lengths = [min(width - 1, start) if tokens else 0 for start, tokens in rows]
@@ -206,7 +201,7 @@ def _halo_lengths(layout: ThdLayout, a2a_size: int, group_index: int, width: int
 
 def _build_edges(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> Edges:
     bounds = np.asarray(layout.segments(a2a_size, group_index).cu_seqlens)
-    slots, halo = np.array(_halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2).T
+    slots, halo = np.array(halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2).T
     edge = np.minimum(width - 1, np.diff(bounds)[slots])
     rows = expand(bounds[slots], edge)
     halo_start, edge_start = np.cumsum(halo) - halo, np.cumsum(edge) - edge + halo.sum()
@@ -222,11 +217,25 @@ def _build_edges(layout: ThdLayout, a2a_size: int, group_index: int, width: int)
     )
 
 
-def _wanted_rows(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> np.ndarray:
+def wanted_rows(layout: ThdLayout, a2a_size: int, group_index: int, width: int) -> np.ndarray:
     """The natural rows of a group's halo, in order."""
-    lengths = np.array(_halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2)
+    lengths = np.array(halo_lengths(layout, a2a_size, group_index, width), dtype=np.int64).reshape(-1, 2)
     starts = _segment_starts(layout, layout.segments(a2a_size, group_index))[lengths[:, 0]]
     return expand(starts - lengths[:, 1], lengths[:, 1])
+
+
+def locate_rows(layout: ThdLayout, a2a_size: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each of some natural rows, the group that holds it and where it stands in the group's buffer."""
+    parts = []
+    for group in range(layout.cp_size // a2a_size):
+        table = layout.segments(a2a_size, group)
+        begins = np.asarray(table.cu_seqlens[:-1], dtype=np.int64)
+        some = np.diff(table.cu_seqlens) > 0
+        starts = _segment_starts(layout, table)
+        parts.append(np.stack([starts, begins, np.full_like(starts, group)])[:, some])
+    starts, begins, groups = (found := np.concatenate(parts, 1))[:, np.argsort(found[0])]
+    segment = np.searchsorted(starts, rows, side="right") - 1
+    return groups[segment], begins[segment] + rows - starts[segment]
 
 
 def _segment_starts(layout: ThdLayout, table: SegmentTable) -> np.ndarray:

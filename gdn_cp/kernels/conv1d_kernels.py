@@ -9,6 +9,10 @@ Rows may stand anywhere: a map says at which row of x (of dx) the i-th row of th
 than q|k|v, a last block of programs copies the columns of beta and alpha, so that an exchange buffer is read and
 written in place. Channels may be one of several equal shares of the parameters' channels, section by section.
 
+A sequence may be the continuation of one whose last rows came from another rank: `halo_at` [N, W - 1] says which row
+of `halo` stands how far before it (entry j: the row j + 1 before its first; -1: none, zeros). The backward writes what
+such rows get of the gradient to the rows of `d_halo` that `d_halo_at` names alike.
+
 Dimensions: T rows, D = 2 * QK + V channels (QK = 0: one section), W taps (2 to 8), C rows of a chunk (64), BD channels
 of a program, P row programs, GATES columns of beta and alpha.
 """
@@ -16,6 +20,7 @@ of a program, P row programs, GATES columns of beta and alpha.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # triton.jit hides the tuples of a kernel from a type checker
 # ruff: noqa: RUF005 -- triton.jit joins tuples but does not unpack one inside another
+# ruff: noqa: SIM102 -- a condition of the compiler's, and one of the program's
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -131,12 +136,18 @@ def _load_rows(
 
 
 @triton.jit
-def _rows_before(x, rows, first, has_past, o_d, m_d, x_row, W: tl.constexpr, MAPPED: tl.constexpr):
-    """Rows first - 1, ..., first - (W - 1) in float32, zeros where the sequence starts at `first`."""
+def _rows_before(
+    x, rows, halo, halo_at, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W: tl.constexpr,
+    MAPPED: tl.constexpr, HALO: tl.constexpr,
+):  # fmt: skip
+    """Rows first - 1, ..., first - (W - 1) in float32; where the sequence begins at `first` the halo's, or zeros."""
     window = ()
     for j in tl.static_range(1, W):
-        row = _load_row(x, rows, first - j, has_past, o_d, m_d, x_row, MAPPED)
-        window = window + (row.to(tl.float32),)
+        row = _load_row(x, rows, first - j, has_past, o_d, m_d, x_row, MAPPED).to(tl.float32)
+        if HALO:
+            at = tl.load(halo_at + sequence * (W - 1) + j - 1, mask=begins, other=-1).to(tl.int64)
+            row += tl.load(halo + at * halo_row + o_d, mask=m_d & (at >= 0), other=0.0).to(tl.float32)
+        window = window + (row,)
     return window
 
 
@@ -169,10 +180,11 @@ def _copy_gates(
 
 @triton.jit(do_not_specialize=["num_chunks", "chunks_per_program", "share", "gate_column"])
 def conv1d_forward_kernel(
-    x, rows, weight, bias, y, kept, gates, chunks, num_chunks, chunks_per_program, x_row, y_row, share, gate_column,
+    x, rows, halo, halo_at, weight, bias, y, kept, gates, chunks, num_chunks, chunks_per_program, x_row, halo_row,
+    y_row, share, gate_column,
     QK: tl.constexpr, V: tl.constexpr, SHARES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, GATES: tl.constexpr, BG: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SILU: tl.constexpr, MAPPED: tl.constexpr, KEEP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SILU: tl.constexpr, MAPPED: tl.constexpr, KEEP: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
     """One program: BD channels of `chunks_per_program` consecutive chunks, or with GATES the columns behind them.
 
@@ -185,7 +197,7 @@ def conv1d_forward_kernel(
     n_blocks: tl.constexpr = n_d + (1 if GATES > 0 else 0)
     i_p, i_d = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     begin, end = i_p * chunks_per_program, tl.minimum((i_p + 1) * chunks_per_program, num_chunks)
-    if GATES > 0:  # noqa: SIM102 (a condition of the compiler's, and one of the program's)
+    if GATES > 0:
         if i_d == n_d:
             _copy_gates(x, rows, gates, chunks, begin, end, gate_column, x_row, GATES, BG, C, MAPPED)
             return
@@ -193,8 +205,11 @@ def conv1d_forward_kernel(
     taps = _load_taps(weight, o_p, m_d, W, WP)
     b = _load_bias(bias, o_p, m_d, HAS_BIAS, BD)
     for i_t in range(begin, end):
-        _sequence, first, count, has_past = _chunk(chunks, i_t)
-        window = _rows_before(x, rows, first, has_past, o_d, m_d, x_row, W, MAPPED)
+        sequence, first, count, has_past = _chunk(chunks, i_t)
+        begins = (count > 0) & (has_past == 0)
+        window = _rows_before(
+            x, rows, halo, halo_at, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W, MAPPED, HALO
+        )
         for k in range(0, count, GROUP):
             x_rows = _load_rows(x, rows, first, k, count, o_d, m_d, x_row, GROUP, MAPPED)
             for u in tl.static_range(GROUP):
@@ -267,13 +282,21 @@ def _store_row(dx, dx_rows, row, valid, values, o_d, m_d, dx_row, DX_MAPPED: tl.
     tl.store(dx + place * dx_row + o_d, values.to(dx.dtype.element_ty), mask=m_d & valid)
 
 
+@triton.jit
+def _store_halo(d_halo, d_halo_at, sequence, done, values, o_d, m_d, d_halo_row, W: tl.constexpr):
+    """The gradient of the row -done before a sequence's first, if there is such a row."""
+    at = tl.load(d_halo_at + sequence * (W - 1) - done - 1).to(tl.int64)
+    tl.store(d_halo + at * d_halo_row + o_d, values.to(d_halo.dtype.element_ty), mask=m_d & (at >= 0))
+
+
 @triton.jit(do_not_specialize=["num_chunks", "chunks_per_program", "share", "gate_column"])
 def conv1d_backward_kernel(
-    dq, dk, dv, d_beta, d_alpha, x, rows, weight, bias, dx, dx_rows, partial, chunks, num_chunks, chunks_per_program,
-    x_row, dq_row, dk_row, dv_row, dx_row, share, gate_column,
+    dq, dk, dv, d_beta, d_alpha, x, rows, halo, halo_at, weight, bias, dx, dx_rows, d_halo, d_halo_at, partial, chunks,
+    num_chunks, chunks_per_program, x_row, halo_row, dq_row, dk_row, dv_row, dx_row, d_halo_row, share, gate_column,
     QK: tl.constexpr, V: tl.constexpr, SHARES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, GATES: tl.constexpr, BG: tl.constexpr,
     HAS_BIAS: tl.constexpr, SILU: tl.constexpr, PARAMETERS: tl.constexpr, MAPPED: tl.constexpr, DX_MAPPED: tl.constexpr,
+    HALO: tl.constexpr,
 ):  # fmt: skip
     """One program: BD channels of `chunks_per_program` consecutive chunks, or with GATES the columns behind them.
 
@@ -289,7 +312,7 @@ def conv1d_backward_kernel(
     n_blocks: tl.constexpr = n_d + (1 if GATES > 0 else 0)
     i_p, i_d = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
     begin, end = i_p * chunks_per_program, tl.minimum((i_p + 1) * chunks_per_program, num_chunks)
-    if GATES > 0:  # noqa: SIM102 (a condition of the compiler's, and one of the program's)
+    if GATES > 0:
         if i_d == n_d:
             _store_gate_gradients(
                 d_beta, d_alpha, dx, dx_rows, chunks, begin, end, gate_column, dx_row, GATES, BG, C, DX_MAPPED
@@ -306,7 +329,10 @@ def conv1d_backward_kernel(
     for i_t in range(begin, end):
         sequence, first, count, has_past = _chunk(chunks, i_t)
         after = _rows_after(chunks, i_t, num_chunks, sequence, count, C, W)
-        window = _rows_before(x, rows, first, has_past, o_d, m_d, x_row, W, MAPPED)
+        begins = (count > 0) & (has_past == 0)
+        window = _rows_before(
+            x, rows, halo, halo_at, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W, MAPPED, HALO
+        )
         behind = _zeros(W - 1, BD)
         x_rows = _load_rows(x, rows, first, 0, count, o_d, m_d, x_row, GROUP, MAPPED)
         dy_rows = _load_rows(dy, rows, first, 0, count, column, m_d, dy_row, GROUP, False)
@@ -319,6 +345,9 @@ def conv1d_backward_kernel(
                 done = k + u - (W - 1)
                 m_done = (done >= 0) & (done < count)
                 _store_row(dx, dx_rows, first + done, m_done, finished, o_d, m_d, dx_row, DX_MAPPED)
+                if HALO:
+                    if begins & (done < 0):
+                        _store_halo(d_halo, d_halo_at, sequence, done, finished, o_d, m_d, d_halo_row, W)
                 if PARAMETERS:
                     sums = _added(sums, d, newest, window, W)
                 window = _pushed(newest, window, W - 1)
@@ -332,6 +361,9 @@ def conv1d_backward_kernel(
             done = walked + u - (W - 1)
             m_done = (done >= 0) & (done < count)
             _store_row(dx, dx_rows, first + done, m_done, finished, o_d, m_d, dx_row, DX_MAPPED)
+            if HALO:
+                if begins & (done < 0):
+                    _store_halo(d_halo, d_halo_at, sequence, done, finished, o_d, m_d, d_halo_row, W)
             window = _pushed(newest, window, W - 1)
     if PARAMETERS:
         for j in tl.static_range(W + 1):

@@ -86,6 +86,14 @@ class GateColumns(NamedTuple):
     count: int
 
 
+class Halo(NamedTuple):
+    """Rows of x before sequences, from elsewhere: `rows` [R, at least D], last stride 1, in the channels of x, and
+    `at` int32 [N, W - 1], which of them is how far before a sequence's first row (column j: j + 1; -1: none, zeros)."""
+
+    rows: Tensor
+    at: Tensor
+
+
 class SectionGradients(NamedTuple):
     """Gradients of the convolved q, k [T, qk], v [T, v] and of the copied beta, alpha [T, heads], all contiguous."""
 
@@ -112,7 +120,7 @@ def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread
 def convolve_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, channels: Channels, num_rows: int,
     *, silu: bool = True, rows: Tensor | None = None, gates: GateColumns | None = None, keep: bool = False,
-    y: Tensor | None = None,
+    y: Tensor | None = None, halo: Halo | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The convolution of rows that stand anywhere, and a copy of the columns behind them, in one launch.
 
@@ -126,6 +134,7 @@ def convolve_rows(
         gates: columns to copy.
         keep: also copy what was read of x.
         y: [T, D] with last stride 1, to be written; None: a new one.
+        halo: what stands before the sequences of `cu_seqlens`; None: nothing.
 
     Returns:
         y, the gates' columns [T, count] or None, and x [T, D] or None; in x's dtype and the batch's order.
@@ -142,9 +151,11 @@ def convolve_rows(
         sizes, n_d = _constants(channels, gates, weight.shape[1], FORWARD_BYTES // x.element_size())
         joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
         conv1d_forward_kernel[(cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),)](
-            x, rows, weight.contiguous(), dense(bias), y, kept, copied, tables.chunks, tables.num_chunks, joined,
-            x.stride(0), y.stride(0), channels.share, 0 if gates is None else gates.first,
+            x, rows, *_halo_arguments(halo), weight.contiguous(), dense(bias), y, kept, copied, tables.chunks,
+            tables.num_chunks, joined, x.stride(0), _row_stride(halo), y.stride(0), channels.share,
+            0 if gates is None else gates.first,
             **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
+            HALO=halo is not None,
         )  # fmt: skip
     return y, copied, kept
 
@@ -153,13 +164,14 @@ def convolve_rows(
 def convolve_rows_backward(
     x: Tensor, gradients: SectionGradients | Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
     channels: Channels, dx: Tensor, *, silu: bool = True, parameters: bool = True, rows: Tensor | None = None,
-    dx_rows: Tensor | None = None, gates: GateColumns | None = None,
+    dx_rows: Tensor | None = None, gates: GateColumns | None = None, halo: Halo | None = None,
+    d_halo: Halo | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient of x (and of the copied columns) to dx [R, at least D], whose rows `dx_rows` places, columns
     as `channels` and `gates` say; other columns are left alone, padded rows become zeros.
 
-    `gradients`: of the results of `convolve_rows`; one tensor [T, D] where channels have one section. x and `rows` as
-    there.
+    `gradients`: of the results of `convolve_rows`; one tensor [T, D] where channels have one section. x, `rows` and
+    `halo` as there. With `halo`, `d_halo` receives its rows' gradients, where `at` says; other rows are left alone.
 
     Returns (dweight, dbias) in the parameters' shapes and dtypes, zeros for channels of other shares; empty without
     `parameters`, dbias also without a bias.
@@ -177,11 +189,12 @@ def convolve_rows_backward(
     programs = cdiv(tables.num_chunks, joined)
     partial = torch.empty(programs if parameters else 0, W + 1, D, dtype=torch.float32, device=x.device)
     conv1d_backward_kernel[(programs * (n_d + (gates is not None)),)](
-        dq, dk, dv, dbeta, dalpha, x, rows, weight.contiguous(), dense(bias), dx, dx_rows, partial, tables.chunks,
-        tables.num_chunks, joined, x.stride(0), dq.stride(0), dk.stride(0), dv.stride(0), dx.stride(0), channels.share,
+        dq, dk, dv, dbeta, dalpha, x, rows, *_halo_arguments(halo), weight.contiguous(), dense(bias), dx, dx_rows,
+        *_halo_arguments(d_halo), partial, tables.chunks, tables.num_chunks, joined, x.stride(0), _row_stride(halo),
+        dq.stride(0), dk.stride(0), dv.stride(0), dx.stride(0), _row_stride(d_halo), channels.share,
         0 if gates is None else gates.first,
         **sizes, GROUP=BACKWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, PARAMETERS=parameters,
-        MAPPED=rows is not None, DX_MAPPED=dx_rows is not None,
+        MAPPED=rows is not None, DX_MAPPED=dx_rows is not None, HALO=halo is not None,
     )  # fmt: skip
     if parameters:
         width = channels.shares * D
@@ -191,6 +204,14 @@ def convolve_rows_backward(
             W=W, ROWS=64, BD=block, HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
     return dweight, dbias
+
+
+def _halo_arguments(halo: Halo | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if halo is None else (halo.rows, halo.at)
+
+
+def _row_stride(halo: Halo | None) -> int:
+    return 0 if halo is None else halo.rows.stride(0)
 
 
 def conv1d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, silu: bool) -> Tensor:
@@ -269,6 +290,7 @@ def compile_cases() -> list[CompileCase]:
         *_cases_of("bf16/W8", "*bf16", "*fp32", Channels(0, 2048), W=8, main=False),
         *_cases_of("exchange", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8),
         *_cases_of("exchange/kept", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8, keep=True),
+        *_cases_of("halo", "*bf16", "*bf16", Channels(2048, 4096), heads=32, halo=True),
     ]
     from gdn_cp.kernels.compile_report import CompileCase
 
@@ -279,19 +301,21 @@ def compile_cases() -> list[CompileCase]:
 
 def _cases_of(
     name: str, x: str, weight: str, channels: Channels, *, W: int = 4, heads: int = 0, keep: bool = False,
-    main: bool = True,
+    main: bool = True, halo: bool = False,
 ) -> list[CompileCase]:  # fmt: skip
     """Forward and backward for one set of types; the bias is left out with 4 taps, as in Qwen3-Next. With heads rows
     are mapped and gates copied; where x was kept, only the gradient's rows are mapped."""
     from gdn_cp.kernels.compile_report import CompileCase
 
-    strides = ("x_row", "y_row", "dx_row", "dq_row", "dk_row", "dv_row")
-    types = dict.fromkeys(("weight", "bias"), weight) | dict.fromkeys(("rows", "dx_rows", "chunks"), "*i32")
+    strides = ("x_row", "y_row", "dx_row", "dq_row", "dk_row", "dv_row", "halo_row", "d_halo_row")
+    tables = ("rows", "dx_rows", "chunks", "halo_at", "d_halo_at")
+    types = dict.fromkeys(("weight", "bias"), weight) | dict.fromkeys(tables, "*i32")
     numbers = ("num_chunks", "chunks_per_program", "share", "gate_column", *strides)
     types |= {"partial": "*fp32"} | dict.fromkeys(numbers, "i32")
     gates = GateColumns(channels.count, 2 * heads) if heads else None
     mapped = gates is not None
-    constants: dict[str, Any] = {"HAS_BIAS": W > 4, "SILU": True, "KEEP": keep, "PARAMETERS": True}
+    constants: dict[str, Any] = {"HAS_BIAS": W > 4, "SILU": True, "KEEP": keep, "PARAMETERS": True, "HALO": halo}
+    constants |= {} if halo else dict.fromkeys(("halo", "halo_at", "d_halo", "d_halo_at"))
     constants |= {"DX_MAPPED": mapped} | ({} if W > 4 else {"bias": None}) | ({} if keep else {"kept": None})
     if not mapped:
         constants |= dict.fromkeys(("dx_rows", "gates", "d_beta", "d_alpha"))

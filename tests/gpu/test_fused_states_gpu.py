@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdn_cp import fused_mixer as module
 from gdn_cp import state_exchange
-from gdn_cp.comm import state_gather
+from gdn_cp.comm import halo_tables, state_gather
 from gdn_cp.comm.groups import CpGroups
 from gdn_cp.fused_mixer import MixerParameters, fused_call
 from tests.gpu.test_segments_multi_gpu import BATCHES, DIMS, GATE, SHARE, batch, parameters, run_mixer, sizes
@@ -106,7 +106,8 @@ def make_groups(a2a_size: int) -> list[CpGroups]:
 def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, gather, monkeypatch):
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
     monkeypatch.setattr(dist, state_gather._ALL_GATHER, all_gather)
-    monkeypatch.setattr(state_exchange, "GATHER_BYTES", 2**40 if gather else 0)
+    for place in (state_exchange, halo_tables):
+        monkeypatch.setattr(place, "GATHER_BYTES", 2**40 if gather else 0)
     whole, uncut = batch(cu[-1]), build(kind, cu, 1).to("cuda")
     exact = run_mixer(*(x.double() for x in whole), layout=uncut)
     single = run_mixer(*whole, layout=uncut)

@@ -16,6 +16,7 @@ from gdn_cp.kernels.conv1d import causal_conv1d, causal_conv1d_reference
 from gdn_cp.kernels.conv1d_triton import (
     Channels,
     GateColumns,
+    Halo,
     SectionGradients,
     causal_conv1d_backward_op,
     causal_conv1d_op,
@@ -304,6 +305,37 @@ def test_float32_parameters_with_bfloat16_rows():
     x, _, _ = make_inputs(17, 6, 4, dtype=torch.bfloat16)
     _, weight, bias = make_inputs(17, 6, 4)
     check([x, weight, bias], None, tolerance=rounding(torch.bfloat16) + TOLERANCE)
+
+
+@pytest.mark.parametrize("lengths", [(70, 2, 66), (2, 5)])
+def test_a_halo_continues_sequences_cut_anywhere(lengths):
+    """Three sequences' first parts before their second parts, the halo of each second part out of a shuffled buffer."""
+    W, D, T = 4, 24, sum(lengths)
+    x, weight, bias = (t for t in make_inputs(T, D, W) if t is not None)
+    dy = torch.randn(T, D, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    cuts = [length // 2 for length in lengths]
+    starts = [0, *accumulate(lengths)][:-1]
+    halo_rows, at = [], []
+    for start, cut in zip(starts, cuts, strict=True):
+        at += [[-1] * (W - 1), [-1] * (W - 1)]
+        for j in range(min(W - 1, cut)):
+            at[-1][j] = len(halo_rows)
+            halo_rows.append(start + cut - 1 - j)
+    places = torch.tensor(at, dtype=torch.int32, device=DEVICE)
+    halo = Halo(x[halo_rows], places)
+    parts = boundaries([n for length, cut in zip(lengths, cuts, strict=True) for n in (cut, length - cut)])
+    channels, whole = Channels(0, D), boundaries(list(lengths))
+    y, _, _ = convolve_rows(x, weight, bias, parts, channels, T, halo=halo)
+    expected, _, _ = convolve_rows(x, weight, bias, whole, channels, T)
+    assert torch.equal(y, expected)
+
+    dx, wanted, d_halo = torch.empty_like(x), torch.empty_like(x), Halo(torch.full_like(halo.rows, torch.nan), places)
+    call = {"gradients": dy, "weight": weight, "bias": bias, "channels": channels}
+    found = convolve_rows_backward(x, cu_seqlens=parts, dx=dx, halo=halo, d_halo=d_halo, **call)
+    sums = convolve_rows_backward(x, cu_seqlens=whole, dx=wanted, **call)
+    dx.index_add_(0, torch.tensor(halo_rows, device=DEVICE), d_halo.rows)
+    for got, exact in ((dx, wanted), *zip(found, sums, strict=True)):
+        assert relative_error(got, exact.double()) < TOLERANCE
 
 
 @pytest.mark.gpu

@@ -5,6 +5,8 @@ Both compute in float32, in Triton's interpreter on a CPU: tolerance as in `test
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from gdn_cp import GdnDims, ThdLayout, gated_delta_net_mixer
+from gdn_cp import GdnDims, ThdLayout, gated_delta_net_mixer, state_exchange
+from gdn_cp.comm import halo_tables
 from gdn_cp.comm.groups import cp_groups
 from gdn_cp.comm.row_maps import group_rows
 from gdn_cp.fused_mixer import fused_call, fused_mixer
@@ -31,23 +34,27 @@ def composed(module, x: Tensor, layout: ThdLayout, group: dist.ProcessGroup, a2a
     return gated_delta_net_mixer(x, **module.mixer_arguments(), **call)
 
 
+CASES = {
+    # The second sequence ends inside rank 0's first segment of it: whole segments, and halos, are padding.
+    "padded zigzag": (partial(ThdLayout.zigzag, [0, 72, 80], seqlens=[63, 2]), GdnDims(2, 2, 16, 16, 4)),
+    # Segments shorter than the halo, a sequence that lies on one rank, no sequence at all.
+    "contiguous": (partial(ThdLayout.contiguous, [0, 2, 2, 3, 20, 24]), GdnDims(1, 4, 16, 16, 4)),
+}
+RUNS = (("padded zigzag", 1, True), ("padded zigzag", 2, False), ("contiguous", 1, True), ("contiguous", 1, False))
+"""(batch, a2a_size, whether laws and halo are gathered by all)."""
+
+
 def on_ranks(rank: int, world: int) -> dict[str, float]:
-    cases = {
-        # The second sequence ends inside rank 0's first segment of it: whole segments, and halos, are padding.
-        "padded zigzag": (ThdLayout.zigzag([0, 72, 80], world, seqlens=[63, 2]), GdnDims(2, 2, 16, 16, 4)),
-        # Segments shorter than the halo, a sequence that lies on one rank, no sequence at all.
-        "contiguous": (ThdLayout.contiguous([0, 2, 2, 3, 20, 24], world), GdnDims(1, 4, 16, 16, 4)),
-    }
     found = {}
-    for name, (layout, dims) in cases.items():
-        for a2a_size in (1, 2):
-            if a2a_size == world or dims.num_k_heads % a2a_size:
-                continue
-            module, (x, dy) = layer(dims, bias=name != "contiguous"), inputs(layout, dims, rank)
-            call = layout, dist.group.WORLD, a2a_size
-            got, expected = (results(mixer, module, x, dy, *call) for mixer in (fused_with_states, composed))
-            difference = errors(got, expected, dist.group.WORLD)
-            found |= {f"{name}, a2a_size {a2a_size}, {what}": error for what, error in difference.items()}
+    for name, a2a_size, gathered in RUNS:
+        (cut, dims), way = CASES[name], "gathered" if gathered else "composed"
+        state_exchange.GATHER_BYTES = halo_tables.GATHER_BYTES = 2**30 if gathered else 0
+        layout = cut(cp_size=world)
+        module, (x, dy) = layer(dims, bias=name != "contiguous"), inputs(layout, dims, rank)
+        call = layout, dist.group.WORLD, a2a_size
+        got, expected = (results(mixer, module, x, dy, *call) for mixer in (fused_with_states, composed))
+        difference = errors(got, expected, dist.group.WORLD)
+        found |= {f"{name}, a2a_size {a2a_size}, {way}, {what}": error for what, error in difference.items()}
     return found
 
 

@@ -1,0 +1,84 @@
+"""Triton kernels of the halo: a few rows taken out of a buffer to be sent, and sums of gradients added to some rows.
+
+Dimensions: S rows sent, O rows with a sum, C addends at most, D columns, BD columns of a program.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_cp.comm.packing_triton import NUM_WARPS
+
+if TYPE_CHECKING:
+    from gdn_cp.kernels.compile_report import CompileCase
+
+BLOCK = 1024  # columns: with 128 threads, one load of 16 bytes of bfloat16 for each
+
+
+@triton.jit
+def take_rows_kernel(x, places, taken, x_row, D: tl.constexpr, BD: tl.constexpr):
+    """One program: BD columns of row i of `taken` [S, D] from row places[i] of x; zeros where that is negative."""
+    BLOCKS: tl.constexpr = (D + BD - 1) // BD
+    i = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = tl.program_id(0) % BLOCKS * BD + tl.arange(0, BD)
+    place = tl.load(places + i).to(tl.int64)
+    values = tl.load(x + place * x_row + column, mask=(column < D) & (place >= 0), other=0.0)
+    tl.store(taken + i * D + column, values, mask=column < D)
+
+
+@triton.jit
+def add_rows_kernel(x, places, arrived, addends, x_row, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """One program: BD columns of row places[i] of x, to which the rows addends[i] of `arrived` [.., D] are added in
+    float32, in order, up to the first that is negative. Nothing where places[i] is."""
+    BLOCKS: tl.constexpr = (D + BD - 1) // BD
+    i = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    column = tl.program_id(0) % BLOCKS * BD + tl.arange(0, BD)
+    place = tl.load(places + i).to(tl.int64)
+    mask = (column < D) & (place >= 0)
+    total = tl.load(x + place * x_row + column, mask=mask, other=0.0).to(tl.float32)
+    for j in tl.static_range(C):
+        addend = tl.load(addends + i * C + j).to(tl.int64)
+        total += tl.load(arrived + addend * D + column, mask=mask & (addend >= 0), other=0.0).to(tl.float32)
+    tl.store(x + place * x_row + column, total.to(x.dtype.element_ty), mask=mask)
+
+
+def take_rows(x: Tensor, places: Tensor, columns: int) -> Tensor:
+    """Rows `places` int32 [S] of x [R, at least `columns`] (last stride 1), as [S, columns]; zeros for -1."""
+    taken = torch.empty(len(places), columns, dtype=x.dtype, device=x.device)
+    if taken.numel():
+        blocks = -(-columns // BLOCK)
+        take_rows_kernel[(len(places) * blocks,)](
+            x, places, taken, x.stride(0), D=columns, BD=BLOCK, num_warps=NUM_WARPS
+        )  # fmt: skip
+    return taken
+
+
+def add_rows(x: Tensor, places: Tensor, arrived: Tensor, addends: Tensor) -> None:
+    """Add rows of `arrived` [.., D] to rows `places` int32 [O] (-1: none) of x [R, at least D] (last stride 1).
+
+    `addends` int32 [O, C]: which, in the order of the sum; -1 behind the last. No place occurs twice.
+    """
+    D = arrived.shape[1]
+    if len(places) and D:
+        blocks = -(-D // BLOCK)
+        add_rows_kernel[(len(places) * blocks,)](
+            x, places, arrived, addends, x.stride(0), C=addends.shape[1], D=D, BD=BLOCK, num_warps=NUM_WARPS
+        )  # fmt: skip
+
+
+def compile_cases() -> list[CompileCase]:
+    """Qwen3-Next's channels in bfloat16; sums of up to three."""
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    types = {"x": "*bf16", "places": "*i32", "x_row": "i32"}
+    sizes = {"D": 8192, "BD": BLOCK}
+    add = types | {"arrived": "*bf16", "addends": "*i32"}
+    return [
+        CompileCase("halo.take", take_rows_kernel, types | {"taken": "*bf16"}, sizes, divisible=("x_row",)),
+        CompileCase("halo.add", add_rows_kernel, add, sizes | {"C": 3}, divisible=("x_row",)),
+    ]
