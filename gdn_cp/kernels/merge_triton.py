@@ -18,8 +18,9 @@ from gdn_cp.kernels.configs import cdiv, launches, options, power_of_2
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
 
-# Columns of the state per program, rows of a step of the product, warps and pipeline stages: forward, and in reverse.
-_LAUNCH = {False: (8, 32, 8, 4), True: (16, 32, 8, 1)}
+COLUMNS_PER_PROGRAM = 16
+# M of how many links is fetched ahead, where a whole M fits: 64 KiB at K = 128.
+STAGES = 3
 
 
 @triton.jit
@@ -30,12 +31,14 @@ def merge_kernel(
 ):  # fmt: skip
     """Program (chain, block of BV columns): the walk of `merge`, the state in registers.
 
-    The product takes the state's rows BR at a time, which keeps few operands in registers; they are read from `marks`
-    [U, 2, K, V], where every thread's share is put before each product. Two places by turns: one barrier lets every
-    thread see what all have written, and also says that all have read what was there two links before. M is copied to
-    `kept` by slices of BR rows (columns with TRANSPOSE), each by another program of the chain.
+    As in `chunk_pieces`, X is held transposed, [BV, K], and multiplied from the right: products of 16 rows run as
+    warp-level `mma`, which may take operands from registers; three of tf32 make one of float32. M, which waits for
+    nothing, is fetched some links ahead where it fits (BR >= K). Else X is read back by BR rows from `marks` [U, 2, K,
+    V], in two places by turns: one barrier lets every thread see what all have written, and says that all have read
+    what was there two links before. Each program of a chain copies a part of M to `kept`.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    SHARE: tl.constexpr = (K + BLOCKS - 1) // BLOCKS
     unit = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     first = tl.load(units_ptr + unit * 2)
@@ -43,39 +46,45 @@ def merge_kernel(
     d = tl.arange(0, BK)
     r = tl.arange(0, BR)
     e = block * BV + tl.arange(0, BV)
-    mask = (d[:, None] < K) & (e[None, :] < V)
-    own = d[:, None] * V + e[None, :]
-    state = tl.zeros((BK, BV), tl.float32)
-    for step in range(0, count):
+    mask = (d[None, :] < K) & (e[:, None] < V)
+    own = d[None, :] * V + e[:, None]
+    along, across = (1, map_row) if TRANSPOSE else (map_row, 1)
+    kept_along, kept_across = (1, K) if TRANSPOSE else (K, 1)
+    state = tl.zeros((BV, BK), tl.float32)
+    for step in tl.range(0, count, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         link = links_ptr + (first + step) * 4
         law = tl.load(link).to(tl.int64)
         map_at = tl.load(link + 1).to(tl.int64)
         out = tl.load(link + 2).to(tl.int64)
+        keep = tl.load(link + 3).to(tl.int64)
         tl.store(out_ptr + out * (K * V) + own, state, mask=mask & (out >= 0))
-        mark = marks_ptr + (unit.to(tl.int64) * 2 + step % 2) * (K * V)
-        tl.store(mark + own, state, mask=mask & (map_at >= 0))
-        tl.debug_barrier()
-        ext = ext_ptr + law * ext_matrix + d[:, None] * ext_row + e[None, :]
-        state = tl.load(ext, mask=mask & (law >= 0), other=0.0)
-        if map_at >= 0:
-            M = maps_ptr + map_at * map_matrix
-            for first_row in tl.range(0, K, BR, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-                rows = first_row + r
-                place = rows[None, :] * map_row + d[:, None] if TRANSPOSE else d[:, None] * map_row + rows[None, :]
-                tile = (d[:, None] < K) & (rows[None, :] < K)
-                factor = tl.load(M + place, mask=tile, other=0.0)
-                part = tl.load(
-                    mark + rows[:, None] * V + e[None, :], mask=(rows[:, None] < K) & (e[None, :] < V), other=0.0
-                )
-                state = tl.dot(factor, part, state, input_precision="ieee")
+        ext = ext_ptr + law * ext_matrix + d[None, :] * ext_row + e[:, None]
+        moved = tl.load(ext, mask=mask & (law >= 0), other=0.0)
+        M = maps_ptr + map_at * map_matrix
+        if BR >= K:
+            tile = (d[None, :] < K) & (r[:, None] < K) & (map_at >= 0)
+            factor = tl.load(M + d[None, :] * along + r[:, None] * across, mask=tile, other=0.0)
             if kept_ptr is not None:
-                keep = tl.load(link + 3).to(tl.int64)
-                copies: tl.constexpr = (K + BR - 1) // BR
-                for copy in range(block, copies, BLOCKS):
-                    rows = copy * BR + r
-                    within = (rows[:, None] < K) & (d[None, :] < K) & (keep >= 0)
-                    values = tl.load(M + rows[:, None] * map_row + d[None, :], mask=within, other=0.0)
-                    tl.store(kept_ptr + keep * (K * K) + rows[:, None] * K + d[None, :], values, mask=within)
+                copied = tile & (keep >= 0) & (r[:, None] // SHARE == block)
+                copy = kept_ptr + keep * (K * K) + d[None, :] * kept_along + r[:, None] * kept_across
+                tl.store(copy, factor, mask=copied)
+            state = tl.dot(state, factor, moved, input_precision="tf32x3")
+        else:
+            mark = marks_ptr + (unit.to(tl.int64) * 2 + step % 2) * (K * V)
+            tl.store(mark + own, state, mask=mask)
+            tl.debug_barrier()
+            for first_row in range(0, K, BR):
+                rows = first_row + r
+                tile = (d[None, :] < K) & (rows[:, None] < K) & (map_at >= 0)
+                factor = tl.load(M + d[None, :] * along + rows[:, None] * across, mask=tile, other=0.0)
+                if kept_ptr is not None:
+                    copied = tile & (keep >= 0) & (rows[:, None] // SHARE == block)
+                    copy = kept_ptr + keep * (K * K) + d[None, :] * kept_along + rows[:, None] * kept_across
+                    tl.store(copy, factor, mask=copied)
+                within = (rows[None, :] < K) & (e[:, None] < V)
+                part = tl.load(mark + rows[None, :] * V + e[:, None], mask=within, other=0.0)
+                moved = tl.dot(part, factor, moved, input_precision="tf32x3")
+            state = moved
 
 
 @launches
@@ -87,42 +96,46 @@ def launch_merge(
     if not len(units):
         return
     constants, warps, stages = _constants(K, V, transpose)
-    marks = torch.empty(len(units), 2, K, V, dtype=torch.float32, device=ext.device)
-    merge_kernel[(len(units) * cdiv(V, constants["BV"]),)](
+    marks = None
+    if constants["BR"] < K:
+        marks = torch.empty(len(units), 2, K, V, dtype=torch.float32, device=ext.device)
+    merge_kernel[(len(units) * cdiv(V, COLUMNS_PER_PROGRAM),)](
         ext, maps, units, links, out, kept, marks, ext.stride(0), ext.stride(1), maps.stride(0), maps.stride(1),
         **options(warps, stages, **constants),
     )  # fmt: skip
 
 
 def _constants(K: int, V: int, transpose: bool) -> tuple[dict[str, int], int, int]:
-    """(constants, warps, stages) of a launch."""
-    block_v, block_r, warps, stages = _LAUNCH[transpose]
-    BK = power_of_2(K)
-    sizes = {"K": K, "V": V, "BK": BK, "BV": block_v, "BR": min(block_r, BK)}
-    return sizes | {"TRANSPOSE": transpose, "STAGES": stages}, warps, stages
+    """(constants, warps, stages) of a launch: a warp for 16 rows of M."""
+    BK = max(16, power_of_2(K))
+    fits = BK <= 128
+    sizes = {"K": K, "V": V, "BK": BK, "BV": COLUMNS_PER_PROGRAM, "BR": BK if fits else 32}
+    stages = STAGES if fits else 1
+    return sizes | {"TRANSPOSE": transpose, "STAGES": stages}, BK // 16, stages
 
 
 def compile_cases() -> list[CompileCase]:
-    """Forward with copies of M, and in reverse, at head dim 128; in reverse at 256."""
+    """Forward with copies of M, and in reverse, at head dims 128 and 256."""
     from gdn_cp.kernels.compile_report import CompileCase
 
     strides = ("ext_matrix", "ext_row", "map_matrix", "map_row")
-    types = dict.fromkeys(("ext_ptr", "maps_ptr", "out_ptr", "marks_ptr"), "*fp32") | dict.fromkeys(strides, "i32")
+    types = dict.fromkeys(("ext_ptr", "maps_ptr", "out_ptr"), "*fp32") | dict.fromkeys(strides, "i32")
     types |= {"units_ptr": "*i32", "links_ptr": "*i32"}
     cases = []
-    for dim, transpose in ((128, False), (128, True), (256, True)):
-        constants, warps, stages = _constants(dim, dim, transpose)
-        kept = {} if transpose else {"kept_ptr": "*fp32"}
-        cases.append(
-            CompileCase(
-                name=f"merge/{'gradients' if transpose else 'states'}/K{dim}",
-                kernel=merge_kernel,
-                signature=types | kept,
-                constexprs=constants | ({"kept_ptr": None} if transpose else {}),
-                num_warps=warps,
-                num_stages=stages,
-                divisible=strides,
-                main=dim == 128,
+    for dim in (128, 256):
+        for transpose in (False, True):
+            constants, warps, stages = _constants(dim, dim, transpose)
+            pointers = {"kept_ptr": not transpose, "marks_ptr": constants["BR"] < dim}
+            cases.append(
+                CompileCase(
+                    name=f"merge/{'gradients' if transpose else 'states'}/K{dim}",
+                    kernel=merge_kernel,
+                    signature=types | {name: "*fp32" for name, given in pointers.items() if given},
+                    constexprs=constants | {name: None for name, given in pointers.items() if not given},
+                    num_warps=warps,
+                    num_stages=stages,
+                    divisible=strides,
+                    main=dim == 128,
+                )
             )
-        )
     return cases
