@@ -3,6 +3,8 @@
 Dimensions: S rows sent, O rows with a sum, C addends at most, D columns, BD columns of a program.
 """
 
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+# triton.jit hides the options of a launch from a type checker
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
