@@ -17,8 +17,10 @@ that trade heads for tokens; a share is what one of them holds.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,14 +30,13 @@ from torch.autograd.function import once_differentiable
 
 from gdn_cp.comm.groups import CpGroups
 from gdn_cp.comm.layout import ThdLayout
-from gdn_cp.comm.packing_triton import copy_columns
 from gdn_cp.comm.peer_vote import peer_memory
 from gdn_cp.comm.row_maps import group_rows, rank_major_rows
 from gdn_cp.comm.symmetric import PeerTransport, natural_rows
 from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, Transport
 from gdn_cp.fused_states import FusedStates, fused_states
 from gdn_cp.kernels import conv1d_triton, norm_triton
-from gdn_cp.kernels.backends import DeltaRuleCall, choose_backend, wants_kernels
+from gdn_cp.kernels.backends import ENVIRONMENT_VARIABLE, Choice, DeltaRuleCall, choose_backend, wants_kernels
 from gdn_cp.kernels.chunk_triton import piece_chunks, rule_backward, rule_forward
 from gdn_cp.kernels.configs import on_device
 from gdn_cp.kernels.conv1d_triton import (
@@ -46,7 +47,7 @@ from gdn_cp.kernels.conv1d_triton import (
     convolve_rows,
     convolve_rows_backward,
 )
-from gdn_cp.kernels.gate_triton import embed_heads
+from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs
 
@@ -96,12 +97,12 @@ class FusedCall:
     intra_card: int | None = None
 
     def with_rule(self, rule: RuleOptions, truncate: bool) -> FusedCall:
-        """This call with the `intra_card` of `rule`, its states truncated or not."""
+        """This call with the switches of `rule`, its states truncated or not."""
         assert self.states is not None
         passing = replace(self.states.rule, options=replace(rule, backend="triton"), truncate=truncate)
         return replace(self, states=replace(self.states, rule=passing), intra_card=rule.intra_card)
 
-    @property
+    @cached_property
     def channels(self) -> Channels:
         """Of a share's convolution."""
         qk, _, v, *_ = self.heads.sections
@@ -122,11 +123,21 @@ class FusedCall:
 
     def by_heads(self, qkv: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """q, k, v, alpha and beta as the rule takes them, views."""
-        heads = self.heads
-        q, k, v = qkv.split(heads.sections[:3], dim=1)
-        beta, alpha = gates.unsqueeze(0).split(heads.num_v_heads, dim=2)
-        q, k = (x.unflatten(1, (heads.num_k_heads, heads.head_k_dim)).unsqueeze(0) for x in (q, k))
-        return q, k, v.unflatten(1, (heads.num_v_heads, heads.head_v_dim)).unsqueeze(0), alpha, beta
+        heads, (qk, _, *_) = self.heads, self.heads.sections
+        begin, first = qkv.storage_offset(), gates.storage_offset()
+        (rows, _), (row, _), gate_row = qkv.shape, qkv.stride(), gates.stride(0)
+
+        # One call for each where splitting, unflattening and unsqueezing are three: host time that the GPU waits for.
+        def section(column: int, count: int, dim: int) -> Tensor:
+            return qkv.as_strided((1, rows, count, dim), (rows * row, row, dim, 1), begin + column)
+
+        def gate(column: int) -> Tensor:
+            shape, strides = (1, rows, heads.num_v_heads), (rows * gate_row, gate_row, 1)
+            return gates.as_strided(shape, strides, first + column)
+
+        q, k = (section(column, heads.num_k_heads, heads.head_k_dim) for column in (0, qk))
+        v = section(2 * qk, heads.num_v_heads, heads.head_v_dim)
+        return q, k, v, gate(heads.num_v_heads), gate(0)
 
     def own_heads(self, parameter: Tensor) -> Tensor:
         """A share's part of a parameter [HV], a view."""
@@ -162,8 +173,8 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     returned = call.transport.return_out(o[0].flatten(1))
     del o
     out, kept = gate_heads(
-        returned.data.unflatten(2, (-1, dim)),
-        z.unflatten(1, (-1, dim)),
+        by_head(returned.data, dim),
+        by_head(z, dim),
         parameters.out_norm_weight,
         call.eps,
         padding=call.padding,
@@ -226,9 +237,9 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     del x, gradients, halo, halo_rows, d_halo
     if d_projected is None:
         d_projected = dz.new_empty(len(dz), columns.width)
-        copy_columns(dz, d_projected.narrow(1, columns.conv, columns.v))
-    del dz
-    call.transport.return_in_grad(buffer, d_projected)
+        call.transport.return_in_grad(buffer, d_projected, dz)
+    else:
+        call.transport.return_in_grad(buffer, d_projected)
     if not wanted:
         return d_projected, None, None, dA_log, d_dt_bias, d_norm
     d_bias = None if parameters.conv1d_bias is None else d_bias
@@ -243,13 +254,13 @@ def _norm_backward(
     d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
     d_o = call.transport.out_grad_buffer(d_out)
     d_norm = gate_heads_backward(
-        d_out.unflatten(1, (-1, dim)),
-        o.unflatten(2, (-1, dim)),
-        z.unflatten(1, (-1, dim)),
+        by_head(d_out, dim),
+        by_head(o, dim),
+        by_head(z, dim),
         parameters.out_norm_weight,
         call.eps,
-        dx=d_o.unflatten(2, (-1, dim)),
-        dz=dz.unflatten(1, (-1, dim)),
+        dx=by_head(d_o, dim),
+        dz=by_head(dz, dim),
         padding=call.padding,
     )
     return call.transport.send_out_grad(d_o), d_norm
@@ -267,17 +278,24 @@ def _rule_backward(
     if call.states is not None:
         inputs, saved = TokenInputs(q, k, v, alpha, beta, A_log, dt_bias), tuple(of_rule)
         found: Any = call.states.rule.backward(inputs, saved, ctx.piece_chunks, d_o.view(v.shape), (True,) * 7)
-        dq, dk, dv, d_alpha, d_beta, dA_log, d_dt_bias = found
+        dq, dk, dv, d_alpha, d_beta, *of_heads = found
+        if call.shares > 1:
+            of_heads = sum_partials(torch.stack(of_heads)[None], shares=call.shares, share=call.share).unbind()
+        dA_log, d_dt_bias = of_heads
     else:
         dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
             d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
             initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
-            need_dh0=False, piece_chunks=ctx.piece_chunks, overwrite_q=scratch is None, **_RULE,
+            need_dh0=False, piece_chunks=ctx.piece_chunks, overwrite_q=scratch is None, shares=call.shares,
+            share=call.share, **_RULE,
         )  # fmt: skip
-    if call.shares > 1:
-        dA_log, d_dt_bias = embed_heads(dA_log, d_dt_bias, call.shares, call.share)
     gradients = (gradient[0].flatten(1) for gradient in (dq, dk, dv, d_beta, d_alpha))
     return SectionGradients(*gradients), dA_log, d_dt_bias
+
+
+def by_head(x: Tensor, dim: int) -> Tensor:
+    """x [..., heads * dim] as [..., heads, dim], a view."""
+    return x.view(*x.shape[:-1], x.shape[-1] // dim, dim)
 
 
 def fused_mixer(projected: Tensor, parameters: MixerParameters, call: FusedCall) -> Tensor:
@@ -289,7 +307,7 @@ def fused_mixer(projected: Tensor, parameters: MixerParameters, call: FusedCall)
 
 def fused_call(
     projected: Tensor, parameters: MixerParameters, dims: GdnDims, *, layout: ThdLayout | None,
-    group: dist.ProcessGroup | None, eps: float, groups: CpGroups | None = None,
+    group: dist.ProcessGroup | None, eps: float, groups: CpGroups | None = None, intra_card: int | None = None,
 ) -> FusedCall:  # fmt: skip
     """Describe a call in which all ranks of `group` trade heads for tokens; None: one rank.
 
@@ -309,6 +327,7 @@ def fused_call(
         transport=transport_for(dims, layout, group),
         eps=eps,
         keep=keep,
+        intra_card=intra_card,
     )
 
 
@@ -363,7 +382,11 @@ def refusal(
 
     Raises ValueError for a `backend` that is unknown, or asked for by name and cannot serve the call.
     """
-    choice = choose_backend(_rule_call(projected, heads, layout), backend)
+    rows, sequences = (projected.shape[0], 0) if layout is None else (layout.t_global, layout.num_sequences)
+    variables = os.environ.get(ENVIRONMENT_VARIABLE), os.environ.get("TRITON_INTERPRET")
+    choice = _rule_choice(
+        projected.device, projected.dtype, projected.requires_grad, heads, rows, sequences, backend, variables
+    )
     if choice.backend != "triton":
         return f"the delta rule runs on {choice.backend}: {choice.reason}"
     if not wants_kernels(projected):
@@ -374,22 +397,30 @@ def refusal(
     ) or norm_triton.unsupported(weight, projected, weight)
 
 
-def _rule_call(projected: Tensor, heads: GdnDims, layout: ThdLayout | None) -> DeltaRuleCall:
-    """The delta rule's call inside the mixer."""
-    return DeltaRuleCall(
-        device_type=projected.device.type,
-        capability=torch.cuda.get_device_capability(projected.device) if projected.is_cuda else None,
-        dtype=projected.dtype,
-        gate_dtype=projected.dtype,
-        beta_dtype=projected.dtype,
+@lru_cache(maxsize=256)
+def _rule_choice(
+    device: torch.device, dtype: torch.dtype, requires_grad: bool, heads: GdnDims, rows: int, sequences: int,
+    backend: str | None, variables: tuple[str | None, ...],
+) -> Choice:  # fmt: skip
+    """What runs the delta rule inside the mixer, for `sequences` packed ones (0: one that is not packed).
+
+    `variables`: what the choice reads of the environment.
+    """
+    call = DeltaRuleCall(
+        device_type=device.type,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        dtype=dtype,
+        gate_dtype=dtype,
+        beta_dtype=dtype,
         B=1,
-        T=projected.shape[0] if layout is None else layout.t_global,
+        T=rows,
         H=heads.num_k_heads,
         HV=heads.num_v_heads,
         K=heads.head_k_dim,
         V=heads.head_v_dim,
-        N=1 if layout is None else layout.num_sequences,
-        varlen=layout is not None,
-        requires_grad=projected.requires_grad,
+        N=max(sequences, 1),
+        varlen=sequences > 0,
+        requires_grad=requires_grad,
         **_RULE,
     )
+    return choose_backend(call, backend)

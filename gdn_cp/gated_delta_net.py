@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -75,22 +75,23 @@ class GdnDims:
                 "each q/k head serves the same number of v heads"
             )
 
-    @property
+    @cached_property
     def sections(self) -> tuple[int, int, int, int, int, int]:
         """Widths of q, k, v, z, beta, alpha in the projection, in this order."""
         qk, v = self.num_k_heads * self.head_k_dim, self.num_v_heads * self.head_v_dim
         return qk, qk, v, v, self.num_v_heads, self.num_v_heads
 
-    @property
+    @cached_property
     def conv_dim(self) -> int:
         """Channels of the convolution: q, k and v."""
         return sum(self.sections[:3])
 
-    @property
+    @cached_property
     def in_proj_dim(self) -> int:
         """Width of the projection: all six sections."""
         return sum(self.sections)
 
+    @lru_cache(maxsize=64)  # noqa: B019 - dims are few and small, and every call of a layer asks twice
     def per_rank(self, a2a_size: int) -> GdnDims:
         """The heads that one rank runs after the all-to-all over `a2a_size` ranks.
 
@@ -228,8 +229,11 @@ def _mix_fused(
     heads = dims.per_rank(whole if groups is None else groups.a2a_size)
     if refusal(projected, of_layer, heads, layout, rule.backend) is not None:
         return None
-    call = fused_call(projected, of_layer, dims, layout=layout, group=group, eps=eps, groups=groups)
-    call = replace(call, intra_card=rule.intra_card) if call.states is None else call.with_rule(rule, truncate_states)
+    call = fused_call(
+        projected, of_layer, dims, layout=layout, group=group, eps=eps, groups=groups, intra_card=rule.intra_card
+    )
+    if call.states is not None:
+        call = call.with_rule(rule, truncate_states)
     return fused_mixer(projected, of_layer, call)
 
 

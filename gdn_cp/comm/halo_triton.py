@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.comm.packing_triton import NUM_WARPS
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -54,7 +55,7 @@ def take_rows(x: Tensor, places: Tensor, columns: int) -> Tensor:
     taken = torch.empty(len(places), columns, dtype=x.dtype, device=x.device)
     if taken.numel():
         blocks = -(-columns // BLOCK)
-        take_rows_kernel[(len(places) * blocks,)](
+        run_kernel(take_rows_kernel, len(places) * blocks,
             x, places, taken, x.stride(0), D=columns, BD=BLOCK, num_warps=NUM_WARPS
         )  # fmt: skip
     return taken
@@ -68,7 +69,7 @@ def add_rows(x: Tensor, places: Tensor, arrived: Tensor, addends: Tensor) -> Non
     D = arrived.shape[1]
     if len(places) and D:
         blocks = -(-D // BLOCK)
-        add_rows_kernel[(len(places) * blocks,)](
+        run_kernel(add_rows_kernel, len(places) * blocks,
             x, places, arrived, addends, x.stride(0), C=addends.shape[1], D=D, BD=BLOCK, num_warps=NUM_WARPS
         )  # fmt: skip
 

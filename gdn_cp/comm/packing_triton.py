@@ -1,10 +1,9 @@
 """Filling and emptying the buffers of `gdn_cp.comm.transport` in Triton, one pass each.
 
     pack_projection      projection [t, all heads]    ->  shares [P*t, one rank's heads], block p for rank p
-    unpack_projection    shares from rank p, block p  ->  gradient of the projection
+    unpack_projection    shares from rank p, block p  ->  gradient of the projection, with that of z beside them
     scatter_rows         natural rows                 ->  rows where a map says
     gather_rows          rows where a map says        ->  natural rows
-    copy_columns         rows of a tensor             ->  a section of a wider one
 
 Columns are cut into tiles that lie in one section (q, k, v or z) of one share, so that every access is a run of
 consecutive bytes; beta and alpha, 1/128 of a row, have a tile of their own for all ranks. The kernels are launched on
@@ -17,6 +16,7 @@ Dimensions: P ranks, T rows of the batch, t = T/P local rows, BR rows and BC col
 # triton.jit hides the options of a launch from a type checker, and triton.cdiv may return a constexpr
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.comm.transport import MixerColumns
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -80,7 +81,10 @@ def _move_section(
     if KEEP_Z:
         is_z = i_c >= P * (2 * n_qk + n_v)
         in_z = z + row[:, None] * (P * V) + ((rank - P) * V + column)[None, :]
-        _move(in_wide, in_z, mask & is_z, real[:, None])
+        if UNPACK:
+            _move(in_z, in_wide, mask & is_z, real[:, None])
+        else:
+            _move(in_wide, in_z, mask & is_z, real[:, None])
         mask = mask & (i_c < P * (2 * n_qk + n_v))
     in_share = shares + (rank * t.to(tl.int64) + row)[:, None] * SHARE + (section * QK + column)[None, :]
     if UNPACK:
@@ -97,7 +101,8 @@ def columns_kernel(
     UNPACK: tl.constexpr, KEEP_Z: tl.constexpr, HAS_PADDING: tl.constexpr,
 ):  # fmt: skip
     """One program: BR rows of one tile of columns, from `wide` [t, q|k|v|z|beta|alpha] to `shares` [P, t, SHARE] or
-    back (UNPACK, zeros in padded rows). QK, V, HEADS are widths in one share. KEEP_Z: z [t, P*V] is copied too.
+    back (UNPACK, zeros in padded rows). QK, V, HEADS are widths in one share. KEEP_Z: z [t, P*V] is copied
+    too, or back.
 
     With P = 2, QK = V = BC = 512 the tiles of a block of rows are q of rank 0, q of rank 1, k of rank 0, k of rank 1,
     v of rank 0, v of rank 1, (two of z,) and last beta|alpha of all ranks.
@@ -121,7 +126,7 @@ def columns_kernel(
 @triton.jit(do_not_specialize=["num_rows"])
 def map_rows_kernel(
     source, target, rows, num_rows, source_row, target_row,
-    D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SCATTER: tl.constexpr, MAPPED: tl.constexpr,
+    D: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SCATTER: tl.constexpr,
 ):  # fmt: skip
     """One program: BR rows, BC columns. SCATTER: target[rows[i]] = source[i]; else target[i] = source[rows[i]].
 
@@ -131,11 +136,9 @@ def map_rows_kernel(
     natural = (tl.program_id(0) // n_c) * BR + tl.arange(0, BR)
     column = (tl.program_id(0) % n_c) * BC + tl.arange(0, BC)
     m_row = natural < num_rows
-    place, real = natural, m_row
-    if MAPPED:
-        entry = tl.load(rows + natural, mask=m_row, other=0)
-        real = entry >= 0
-        place = tl.where(real, entry, -1 - entry)
+    entry = tl.load(rows + natural, mask=m_row, other=0)
+    real = entry >= 0
+    place = tl.where(real, entry, -1 - entry)
     if SCATTER:
         begin, end = natural, place
     else:
@@ -152,9 +155,12 @@ def pack_projection(projected: Tensor, columns: MixerColumns, z: Tensor | None) 
     return shares
 
 
-def unpack_projection(shares: Tensor, columns: MixerColumns, d_projected: Tensor, padding: Tensor | None) -> None:
-    """Write all columns of d_projected [t, width] but z's from the shares [P*t, share_width]; zeros in padded rows."""
-    _run_columns(d_projected, shares, columns, None, padding, unpack=True)
+def unpack_projection(
+    shares: Tensor, columns: MixerColumns, d_projected: Tensor, dz: Tensor | None, padding: Tensor | None
+) -> None:
+    """Write all columns of d_projected [t, width] from the shares [P*t, share_width], those of z from dz [t, v] if
+    given; zeros in padded rows."""
+    _run_columns(d_projected, shares, columns, dz, padding, unpack=True)
 
 
 def scatter_rows(x: Tensor, rows: Tensor) -> Tensor:
@@ -167,11 +173,6 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return _map_rows(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), rows, scatter=False)
 
 
-def copy_columns(x: Tensor, y: Tensor) -> None:
-    """y = x, both [R, D] with last stride 1."""
-    _map_rows(x, y, None, scatter=False)
-
-
 def _cdiv(a: int, b: int) -> int:
     return -(-a // b)  # Triton's own, made for kernels too, takes microseconds
 
@@ -180,12 +181,14 @@ def _power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@lru_cache(maxsize=64)
 def _tile(width: int) -> tuple[int, int]:
     """(rows, columns) of a tile for sections of at least `width` columns."""
     columns = min(MAX_COLUMNS, _power_of_2(width))
     return TILE // columns, columns
 
 
+@lru_cache(maxsize=64)
 def _constants(columns: MixerColumns) -> dict[str, int]:
     """Compile-time sizes of `columns_kernel`."""
     P = columns.ranks
@@ -205,52 +208,45 @@ def _run_columns(
         return
     n_qk, n_v = _cdiv(sizes["QK"], sizes["BC"]), _cdiv(sizes["V"], sizes["BC"])
     tiles = columns.ranks * (2 * n_qk + n_v * (1 if z is None else 2)) + 1
-    columns_kernel[(_cdiv(t, sizes["BR"]) * tiles,)](
+    run_kernel(columns_kernel, _cdiv(t, sizes["BR"]) * tiles,
         wide, shares, z, None if padding is None else padding.view(torch.uint8), t, wide.stride(0),
         **sizes, UNPACK=unpack, KEEP_Z=z is not None, HAS_PADDING=padding is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-def _map_rows(x: Tensor, y: Tensor, rows: Tensor | None, *, scatter: bool) -> Tensor:
+def _map_rows(x: Tensor, y: Tensor, rows: Tensor, *, scatter: bool) -> Tensor:
     assert x.stride(1) == y.stride(1) == 1
     R, D = x.shape
     if y.numel():
         BR, BC = _tile(D)
-        map_rows_kernel[(_cdiv(R, BR) * _cdiv(D, BC),)](
-            x, y, rows, R, x.stride(0), y.stride(0), D=D, BR=BR, BC=BC, SCATTER=scatter, MAPPED=rows is not None,
+        run_kernel(map_rows_kernel, _cdiv(R, BR) * _cdiv(D, BC),
+            x, y, rows, R, x.stride(0), y.stride(0), D=D, BR=BR, BC=BC, SCATTER=scatter,
             num_warps=NUM_WARPS,
         )  # fmt: skip
     return y
 
 
 def compile_cases() -> list[CompileCase]:
-    """Qwen3-Next's widths over 4 ranks in bfloat16: packing with z, unpacking with padding, rows both ways, columns."""
+    """Qwen3-Next's widths over 4 ranks in bfloat16: packing with z, unpacking with z and padding, rows both ways."""
     from gdn_cp.kernels.compile_report import CompileCase
 
     sizes = _constants(MixerColumns(2048, 4096, 32, 4))
-    tensors = {"wide": "*bf16", "shares": "*bf16", "t": "i32", "wide_row": "i32"}
+    tensors = {"wide": "*bf16", "shares": "*bf16", "z": "*bf16", "t": "i32", "wide_row": "i32"}
     pack = sizes | {"UNPACK": False, "KEEP_Z": True, "HAS_PADDING": False, "padding": None}
-    unpack = sizes | {"UNPACK": True, "KEEP_Z": False, "HAS_PADDING": True, "z": None}
+    unpack = sizes | {"UNPACK": True, "KEEP_Z": True, "HAS_PADDING": True}
     strides = ("source_row", "target_row")
     rows = {"source": "*bf16", "target": "*bf16", "rows": "*i32", "num_rows": "i32", **dict.fromkeys(strides, "i32")}
     BR, BC = _tile(1024)
     return [
-        CompileCase(
-            "packing.pack", columns_kernel, {**tensors, "z": "*bf16"}, pack, NUM_WARPS, divisible=("wide_row",)
-        ),
+        CompileCase("packing.pack", columns_kernel, tensors, pack, NUM_WARPS, divisible=("wide_row",)),
         CompileCase(
             "packing.unpack", columns_kernel, {**tensors, "padding": "*u8"}, unpack, NUM_WARPS, divisible=("wide_row",)
         ),
         *(
             CompileCase(
                 f"packing.{'scatter' if scatter else 'gather'}", map_rows_kernel, rows,
-                {"D": 1024, "BR": BR, "BC": BC, "SCATTER": scatter, "MAPPED": True}, NUM_WARPS, divisible=strides,
+                {"D": 1024, "BR": BR, "BC": BC, "SCATTER": scatter}, NUM_WARPS, divisible=strides,
             )
             for scatter in (True, False)
-        ),
-        CompileCase(
-            "packing.copy", map_rows_kernel, {name: kind for name, kind in rows.items() if name != "rows"},
-            {"D": 4096, "BR": BR, "BC": BC, "SCATTER": False, "MAPPED": False, "rows": None}, NUM_WARPS,
-            divisible=strides,
         ),
     ]  # fmt: skip

@@ -17,8 +17,8 @@ Dimensions: P ranks, T rows of the batch (padded rows included), t = T/P local r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, ref
 
@@ -29,6 +29,7 @@ from torch import Tensor
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.symmetric_triton import Route, Section, TileShape, exchange
 from gdn_cp.comm.transport import HeadBuffer, MixerColumns, RowBuffer
+from gdn_cp.launch import raw_stream
 
 SLOTS = 2
 BARRIER_TIMEOUT_MS = 10 * 60 * 1000  # a rank that is gone ends the others with a CUDA error; NCCL waits as long
@@ -42,10 +43,14 @@ class Slot:
 
     local: Tensor
     addresses: Tensor
+    _typed: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def view(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """[rows, columns] at the slot's start."""
-        return self.local[: rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
+        if dtype not in self._typed:
+            with torch.inference_mode(False):  # or training could not use it later
+                self._typed[dtype] = self.local.view(dtype)
+        return self._typed[dtype].as_strided((rows, columns), (columns, 1))
 
 
 class Arena(Protocol):
@@ -112,10 +117,11 @@ class PeerMemory:
                     "allocated while a CUDA graph is captured; run the layer once on a batch of this size before"
                 )
             self._grow(num_bytes)
-        stream = torch.cuda.current_stream(self.device)
-        if self._stream is not None and stream != self._stream and not capturing:
-            stream.wait_stream(self._stream)
-        self._stream = stream
+        if self._stream is None or raw_stream(self.device) != self._stream.cuda_stream:
+            stream = torch.cuda.current_stream(self.device)
+            if self._stream is not None and not capturing:
+                stream.wait_stream(self._stream)
+            self._stream = stream
         if capturing or self._captured:
             self._captured = True
             self.settle()
@@ -200,7 +206,7 @@ class PeerTransport:
     rows: Tensor
     shape: TileShape | None = None
 
-    @property
+    @cached_property
     def _own_rows(self) -> Tensor:
         t = self.rows.shape[0] // self.columns.ranks
         return self.rows.narrow(0, self.arena.rank * t, t)
@@ -246,12 +252,13 @@ class PeerTransport:
         """See `Transport`: a slot, out of which the peers will read. No move may come before `return_in_grad`."""
         return self._rows_in(self._acquire(like.dtype), like.dtype, transient=False)
 
-    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
-        """See `Transport`: a pull, which needs no memory beside `d_projected`."""
+    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor, dz: Tensor | None = None) -> None:
+        """See `Transport`: a pull, which needs no memory beside `d_projected`, and copies dz too."""
         slot = self.arena.slot_of(buffer.data)
         route = _way_in(self.columns, self.arena.rank, d_projected.dtype)
         self.arena.settle()
-        exchange(d_projected, slot.addresses, route, self._own_rows, pull=True, shape=self.shape)
+        options = {"pull": True, "kept": dz, "kept_column": self.columns.conv, "shape": self.shape}
+        exchange(d_projected, slot.addresses, route, self._own_rows, **options)
 
 
 def _row(c: MixerColumns, dtype: torch.dtype) -> int:

@@ -29,12 +29,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -96,8 +99,11 @@ def _move_tiles(
 
 
 @triton.jit
-def _copy_tiles(source, target, t, SOURCE_ROW: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr):
-    """Copy [t, WIDTH], rows of the target one behind the other."""
+def _copy_tiles(
+    source, target, t,
+    SOURCE_ROW: tl.constexpr, TARGET_ROW: tl.constexpr, WIDTH: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Copy [t, WIDTH] between tensors whose rows are so many elements apart."""
     blocks: tl.constexpr = (WIDTH + BC - 1) // BC
     for tile in range(tl.program_id(0), (t + BR - 1) // BR * blocks, tl.num_programs(0)):
         i = tile // blocks * BR + tl.arange(0, BR)
@@ -105,7 +111,7 @@ def _copy_tiles(source, target, t, SOURCE_ROW: tl.constexpr, WIDTH: tl.constexpr
         mask = (i < t)[:, None] & (column < WIDTH)[None, :]
         i = i.to(tl.int64)
         x = tl.load(source + i[:, None] * SOURCE_ROW + column[None, :], mask=mask)
-        tl.store(target + i[:, None] * WIDTH + column[None, :], x, mask=mask)
+        tl.store(target + i[:, None] * TARGET_ROW + column[None, :], x, mask=mask)
 
 
 @triton.jit(do_not_specialize=["t", "rank", "wide_runs", "narrow_runs"])
@@ -120,7 +126,7 @@ def exchange_kernel(
 
     `peers` int64 [P]: addresses of the far tensors. NEAR_ROW and FAR_ROW: elements from row to row. Where KEPT_WIDTH is
     not 0, columns KEPT_COLUMN.. of near are copied to `kept` [t, KEPT_WIDTH] on this rank, while the last pushed tiles
-    are on the wire.
+    are on the wire; a pull copies them back from there.
     """
     _move_tiles(
         near, peers, rows, runs, 0, wide_runs, t, rank, P, NEAR_ROW, FAR_ROW, NATURAL_NEAR, PULL, ALIGN, BR, BC,
@@ -132,7 +138,10 @@ def exchange_kernel(
             ALIGN_NARROW, BR_NARROW, BC_NARROW, True,
         )  # fmt: skip
     if KEPT_WIDTH:
-        _copy_tiles(near + KEPT_COLUMN, kept, t, NEAR_ROW, KEPT_WIDTH, BR, BC)
+        if PULL:
+            _copy_tiles(kept, near + KEPT_COLUMN, t, KEPT_WIDTH, NEAR_ROW, KEPT_WIDTH, BR, BC)
+        else:
+            _copy_tiles(near + KEPT_COLUMN, kept, t, NEAR_ROW, KEPT_WIDTH, KEPT_WIDTH, BR, BC)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,8 @@ class Section:
         return self.parts * self.width
 
 
-class Runs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Runs:
     """A route's sections cut into runs of at most a tile's columns."""
 
     table: Tensor  # int32 [R, 6], the wide ones first
@@ -241,7 +251,7 @@ def exchange(
         rows: int32 [t] (natural far) or [P*t] (natural near): the natural row of each local row, of this rank or of
             all in rank order; -1 - row where it is padding.
         pull: read the far tensors instead of writing them.
-        kept: [t, w], filled with w columns of near from `kept_column` on.
+        kept: [t, w], contiguous, filled with w columns of near from `kept_column` on; of a pull, what fills those.
         kept_column: see `kept`.
         shape: of the tiles; None: the usual one.
     """
@@ -251,23 +261,32 @@ def exchange(
     t = rows.shape[0] // (route.ranks if route.natural_near else 1)
     if not t:
         return
-    runs = route.runs(shape.columns, near.device)
-    size, strides = near.element_size(), (near.stride(0), route.far_row)
-    narrow_rows = min(1024, max(1, shape.rows * shape.columns // runs.narrow_columns // 4))
+    runs, size = route.runs(shape.columns, near.device), near.element_size()
     tiles = -(-t // shape.rows) * max(runs.wide, 1) * route.ranks
-    exchange_kernel[(min(tiles, shape.programs),)](
+    run_kernel(exchange_kernel, min(tiles, shape.programs),
         near.view(INTEGERS[size]), peers, rows, runs.table, runs.wide, runs.narrow, t, route.rank,
-        None if kept is None else kept.view(INTEGERS[size]),
-        P=route.ranks, NEAR_ROW=near.stride(0), FAR_ROW=route.far_row, NATURAL_NEAR=route.natural_near, PULL=pull,
-        ALIGN=_alignment(runs.wide_divisor, strides, size), BR=shape.rows, BC=shape.columns,
-        ALIGN_NARROW=_alignment(runs.narrow_divisor, strides, size), HAS_NARROW=runs.narrow > 0,
-        BR_NARROW=triton.next_power_of_2(narrow_rows), BC_NARROW=runs.narrow_columns,
-        KEPT_COLUMN=kept_column, KEPT_WIDTH=0 if kept is None else kept.shape[1], num_warps=shape.num_warps,
+        None if kept is None else kept.view(INTEGERS[size]), PULL=pull, KEPT_COLUMN=kept_column,
+        KEPT_WIDTH=0 if kept is None else kept.shape[1], num_warps=shape.num_warps,
+        **_constants(route, runs, shape, near.stride(0), size),
     )  # fmt: skip
 
 
+@lru_cache(maxsize=64)
+def _constants(route: Route, runs: Runs, shape: TileShape, near_row: int, element_size: int) -> dict[str, Any]:
+    """Compile-time sizes of `exchange_kernel` for tensors of this row stride and element size."""
+    strides = (near_row, route.far_row)
+    narrow_rows = min(1024, max(1, shape.rows * shape.columns // runs.narrow_columns // 4))
+    return {
+        "P": route.ranks, "NEAR_ROW": near_row, "FAR_ROW": route.far_row, "NATURAL_NEAR": route.natural_near,
+        "ALIGN": _alignment(runs.wide_divisor, strides, element_size), "BR": shape.rows, "BC": shape.columns,
+        "ALIGN_NARROW": _alignment(runs.narrow_divisor, strides, element_size), "HAS_NARROW": runs.narrow > 0,
+        "BR_NARROW": triton.next_power_of_2(narrow_rows), "BC_NARROW": runs.narrow_columns,
+    }  # fmt: skip
+
+
 def compile_cases() -> list[CompileCase]:
-    """Qwen3-Next's widths over 4 ranks in bfloat16: the way in (push, with z kept), out (push) and in's gradient."""
+    """Qwen3-Next's widths over 4 ranks in bfloat16: the way in (push, with z kept), out (push) and in's gradient
+    (pull, with that of z)."""
     from gdn_cp.kernels.compile_report import CompileCase
 
     shape = TileShape()
@@ -281,7 +300,7 @@ def compile_cases() -> list[CompileCase]:
     moves = {
         "push_in": way_in | {"PULL": False, "KEPT_WIDTH": 4096},
         "push_out": way_out | {"PULL": False, "KEPT_WIDTH": 0},
-        "pull_grad": way_in | {"PULL": True, "KEPT_WIDTH": 0},
+        "pull_grad": way_in | {"PULL": True, "KEPT_WIDTH": 4096},
     }
     return [
         CompileCase(

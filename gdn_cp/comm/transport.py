@@ -153,8 +153,9 @@ class Transport(Protocol):
         alpha of every row. `like` has t rows, the gradient's dtype and device (`LocalTransport` takes d_projected)."""
         ...
 
-    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
-        """Send it back, and write every column of `d_projected` but z's; zeros in padded rows."""
+    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor, dz: Tensor | None = None) -> None:
+        """Send it back, and write every column of `d_projected`, zeros in padded rows. Those of z are copied in the
+        same pass from `dz` [t, v], contiguous; without it they are left alone."""
         ...
 
 
@@ -191,8 +192,9 @@ class LocalTransport:
         """See `Transport`: d_projected itself, which is to be given."""
         return RowBuffer(like, self.rows, self.columns.gates)
 
-    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
-        """See `Transport`. The convolution has written it in place."""
+    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor, dz: Tensor | None = None) -> None:
+        """See `Transport`. The convolution, and the norm z's columns, have written it in place."""
+        assert dz is None
 
 
 @dataclass(frozen=True, eq=False)
@@ -248,11 +250,11 @@ class CollectiveTransport:
         data = torch.empty(shape, dtype=like.dtype, device=like.device)
         return RowBuffer(data, self.rows, self.columns.share_conv)
 
-    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
+    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor, dz: Tensor | None = None) -> None:
         """See `Transport`."""
         from gdn_cp.comm.packing_triton import unpack_projection
 
-        unpack_projection(_all_to_all(buffer.data, self.group), self.columns, d_projected, self.padding)
+        unpack_projection(_all_to_all(buffer.data, self.group), self.columns, d_projected, dz, self.padding)
 
 
 def _all_to_all(sent: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -20,12 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
-from gdn_cp.kernels.chunk_bwd_local import (
-    dk_kernel,
-    dq_kernel,
-    gate_gradients_kernel,
-    scores_kernel,
-)
+from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, gate_gradients_kernel, scores_kernel
 from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
 from gdn_cp.kernels.configs import (
@@ -40,6 +35,7 @@ from gdn_cp.kernels.configs import (
 from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 from gdn_cp.kernels.tuned import tuned_launches
+from gdn_cp.launch import describe, run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -172,6 +168,8 @@ def chunk_gated_delta_rule_bwd(
     piece_states: tuple[Tensor, Tensor] | None = None,
     piece_chunks: int = 0,
     slices: Slices | None = None,
+    shares: int = 1,
+    share: int = 0,
 ) -> Gradients:
     """Gradients of `chunk_gated_delta_rule` from those of its output and final state.
 
@@ -187,6 +185,7 @@ def chunk_gated_delta_rule_bwd(
         piece_states: with sequences cut into pieces of piece_chunks chunks, the state at the start of each piece
             [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in.
         slices: what `start_backward` gave for the same arguments, if it was called before.
+        shares, share: these heads are the share-th of so many; dA_log and ddt_bias are [shares * HV], zeros elsewhere.
 
     Returns:
         Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
@@ -195,10 +194,8 @@ def chunk_gated_delta_rule_bwd(
         do, q, k, v, prepared, cu_seqlens, scale=scale, checkpoints=checkpoints, piece_chunks=piece_chunks
     )
     tables, HV = run.tables, run.HV
-    num_states = tables.num_sequences if need_dh0 else None
-    out = _allocate(q, k, v, g, beta, num_states, state_v_first, overwrite_q)
-    # Shares of the chunks in dA_log and ddt_bias.
-    parts = None
+    out = _allocate(q, k, v, g, beta, tables.num_sequences if need_dh0 else None, state_v_first, overwrite_q)
+    parts = None  # of the chunks in dA_log and ddt_bias
     if use_gate_in_kernel:
         parts = torch.empty(tables.num_chunks, 2, HV, dtype=torch.float32, device=q.device)
     initial_state, dht = dense(initial_state), dense(dht)
@@ -212,15 +209,14 @@ def chunk_gated_delta_rule_bwd(
         if c1 > c0:
             dG = run.local(c0, c1, out, g is not None, use_beta_sigmoid_in_kernel)
             if g is not None:
-                gate_gradients_kernel[((c1 - c0) * HV,)](
+                run_kernel(gate_gradients_kernel, (c1 - c0) * HV,
                     dG, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, parts, c0, g.stride(1), g.stride(2),
                     HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
                 )  # fmt: skip
     if parts is None:
         return out
-    dA_log, ddt_bias = sum_partials(parts)
-    # A copy, since the results of a custom operation must not share memory.
-    return out._replace(dA_log=dA_log, ddt_bias=ddt_bias.clone() if dt_bias is not None else None)
+    dA_log, ddt_bias = sum_partials(parts, shares=shares, share=share).unbind()
+    return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
 
 
 @launches
@@ -334,7 +330,7 @@ class Slices:
         X, Yt = self._products(c0, c1)
         bv, options = _options(self.config.chains)
         directions = 2 if summaries is None else 1
-        chains_kernel[(directions * tables.num_pieces * self.HV * cdiv(self.V, bv),)](
+        run_kernel(chains_kernel, directions * tables.num_pieces * self.HV * cdiv(self.V, bv),
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
             self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index, c1 - c0),
             *results, summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,
@@ -381,19 +377,19 @@ class Slices:
         dG = torch.empty(shape, dtype=torch.float32, device=q.device) if with_gate else None
         bv, options = _options(self.config.scores)
         M = self.matrices(self.M, bv)
-        scores_kernel[((c1 - c0) * self.HV,)](
+        run_kernel(scores_kernel, (c1 - c0) * self.HV,
             q, k, self.tokens(self.v, bv), self.tokens(do, bv), *self.factors(), self.prepared.Ag,
             self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, dG, out.dbeta,
             self.scale, c0, *_strides(q, k, self.v, do), SIGMOID=sigmoid, **options, **self.constants,
         )  # fmt: skip
         bv, options = _options(self.config.dk)
-        dk_kernel[((c1 - c0) * self.H,)](
+        run_kernel(dk_kernel, (c1 - c0) * self.H,
             q, k, self.prepared.G, self.prepared.rk, self.matrices(self.h, bv), self.matrices(self.dh, bv), chunks,
             self.matrices(self.M, bv), self.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k),
             **options, **self.constants,
         )  # fmt: skip
         bv, options = _options(self.config.dq)
-        dq_kernel[((c1 - c0) * self.H,)](
+        run_kernel(dq_kernel, (c1 - c0) * self.H,
             q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D, dG,
             out.dq, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
         )  # fmt: skip
@@ -408,14 +404,14 @@ class Slices:
         if not self.tma:
             return x
         shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
-        return TensorDescriptor(x, shape, [x.stride(1), 1], [CHUNK, width])
+        return describe(x, shape, [x.stride(1), 1], [CHUNK, width])
 
     def matrices(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
         """x [.., R, D] contiguous, for tiles of R rows and `width` columns: a descriptor, or x itself without TMA."""
         if not self.tma:
             return x
         rows, columns = x.shape[-2:]
-        return TensorDescriptor(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
+        return describe(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
 
 
 def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:

@@ -43,6 +43,7 @@ from gdn_cp.kernels.configs import (
     options,
 )
 from gdn_cp.kernels.tables import ChunkTables, dense
+from gdn_cp.launch import describe, run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -229,10 +230,10 @@ def _descriptors(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, block_v: i
 
     def rows(x: Tensor, width: int) -> TensorDescriptor:
         shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
-        return TensorDescriptor(x, shape, [x.stride(1), 1], [64, width])
+        return describe(x, shape, [x.stride(1), 1], [64, width])
 
     def tiles(x: Tensor, height: int) -> TensorDescriptor:
-        return TensorDescriptor(x, [x.numel() // 64, 64], [64, 1], [height, 64])
+        return describe(x, [x.numel() // 64, 64], [64, 1], [height, 64])
 
     return rows(q, K), rows(k, K), rows(v, block_v), tiles(prepared.X, K), tiles(prepared.Yt, 64)
 
@@ -305,7 +306,7 @@ class Walk:
         outputs = (o, final, sums, checkpoints)
         arguments = [*self.inputs, roles, initial, starts, *outputs, slice_chunks, *self.numbers]
         if programs:
-            _chain_kernel[(programs,)](
+            run_kernel(_chain_kernel, programs,
                 *arguments,
                 **self.constants,
                 **options(

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import cdiv, options, power_of_2
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -173,9 +174,9 @@ def _compose(
     NP, HV, K = ext.shape[:3]
     if NP:
         warps, stages, constants = _settings(HV, K, V, columns, ext.stride(2), maps.stride(2), reverse)
-        compose_kernel[(NP * HV * cdiv(columns, COLUMNS_PER_PROGRAM),)](
-            ext, maps, given, marks, whole, pieces, roles, **options(warps, stages, **constants)
-        )
+        programs = NP * HV * cdiv(columns, COLUMNS_PER_PROGRAM)
+        arguments = (ext, maps, given, marks, whole, pieces, roles)
+        run_kernel(compose_kernel, programs, *arguments, **options(warps, stages, **constants))
 
 
 def _settings(

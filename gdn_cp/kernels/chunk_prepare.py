@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gdn_cp.kernels.configs import Launch, launches, options, power_of_2, prepare_config
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -375,7 +376,7 @@ def prepare(
         rq, rk = (torch.empty(NT, H, CHUNK, dtype=torch.float32, device=q.device) for _ in range(2))
     Ag = torch.empty(*shape, CHUNK, dtype=q.dtype, device=q.device)
     if NT:
-        _solve_kernel[(NT * HV,)](
+        run_kernel(_solve_kernel, NT * HV,
             k, g, beta, dense(A_log), dense(dt_bias), tables.chunks, G, bt, rk, Ag,
             NT * HV, k.stride(1), k.stride(2),
             *((0, 0) if g is None else (g.stride(1), g.stride(2))),
@@ -419,7 +420,7 @@ def _products(
     X = torch.empty(num_chunks, HV, K, CHUNK, dtype=q.dtype, device=q.device)
     Yt = torch.empty(num_chunks, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) if with_y else None
     if num_chunks:
-        _products_kernel[(num_chunks * H,)](
+        run_kernel(_products_kernel, num_chunks * H,
             q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             **options(

@@ -201,10 +201,13 @@ def rule_backward(
     need_dh0: bool,
     piece_chunks: int,
     overwrite_q: bool = False,
+    shares: int = 1,
+    share: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None.
 
-    With `overwrite_q` dq takes the memory of q, which nobody may need any more.
+    With `overwrite_q` dq takes the memory of q, which nobody may need any more. `shares`, `share`: see
+    `chunk_gated_delta_rule_bwd`.
     """
     norm = use_qk_l2norm_in_kernel
     pieces: dict[str, Any] = {}
@@ -231,6 +234,8 @@ def rule_backward(
         need_dh0=need_dh0,
         overwrite_q=overwrite_q,
         checkpoints=checkpoints if checkpoints.numel() else None,
+        shares=shares,
+        share=share,
         **pieces,
     )
     dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = (_absent(q) if x is None else x for x in gradients)
@@ -243,7 +248,8 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, intra_card = arguments
     q, v, sums, cu_seqlens = rest[2], rest[4], rest[14], rest[19]
     cut = piece_chunks(q, v, cu_seqlens, intra_card) if sums.numel() else 0
-    return rule_backward(*rest, piece_chunks=cut)
+    *gradients, ddt_bias = rule_backward(*rest, piece_chunks=cut)
+    return *gradients, ddt_bias.clone()  # the results of a custom operation must not share memory
 
 
 _backward = torch.library.custom_op(

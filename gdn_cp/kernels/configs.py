@@ -57,6 +57,7 @@ def options(num_warps: int, num_stages: int, maxnreg: int | None = None, **const
     return {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg, **constants}
 
 
+@lru_cache
 def capability(device: torch.device) -> int:
     """10 * major + minor of a CUDA device; 90 for others, where only Triton's interpreter can run."""
     if device.type != "cuda":
@@ -92,7 +93,10 @@ def launches(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callabl
 
     @wraps(function)
     def run(x: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
-        with on_device(x.device):
+        device = x.device
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(x, *args, **kwargs)
+        with torch.cuda.device(device):
             return function(x, *args, **kwargs)
 
     return run

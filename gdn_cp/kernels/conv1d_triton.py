@@ -11,6 +11,7 @@ Dimensions: T rows, D channels, W taps (2 to 8), BD channels of a program, P row
 # triton.jit hides the options of a launch from a type checker
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from gdn_cp.kernels.configs import cdiv, launches, multiprocessors, power_of_2
 from gdn_cp.kernels.conv1d_kernels import conv1d_backward_kernel, conv1d_forward_kernel, conv1d_reduce_kernel
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -104,6 +106,7 @@ class SectionGradients(NamedTuple):
     dalpha: Tensor
 
 
+@lru_cache(maxsize=64)
 def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread: int) -> tuple[dict[str, int], int]:
     """(compile-time sizes, blocks of channels) of a launch; blocks lie in one section."""
     qk, v = channels.qk, channels.v
@@ -150,7 +153,7 @@ def convolve_rows(
         tables = chunk_tables(1, num_rows, cu_seqlens, x.device)
         sizes, n_d = _constants(channels, gates, weight.shape[1], FORWARD_BYTES // x.element_size())
         joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
-        conv1d_forward_kernel[(cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),)](
+        run_kernel(conv1d_forward_kernel, cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),
             x, rows, *_halo_arguments(halo), weight.contiguous(), dense(bias), y, kept, copied, tables.chunks,
             tables.num_chunks, joined, x.stride(0), _row_stride(halo), y.stride(0), channels.share,
             0 if gates is None else gates.first,
@@ -188,7 +191,7 @@ def convolve_rows_backward(
     joined = _chunks_per_program(tables, n_d, x.device)
     programs = cdiv(tables.num_chunks, joined)
     partial = torch.empty(programs if parameters else 0, W + 1, D, dtype=torch.float32, device=x.device)
-    conv1d_backward_kernel[(programs * (n_d + (gates is not None)),)](
+    run_kernel(conv1d_backward_kernel, programs * (n_d + (gates is not None)),
         dq, dk, dv, dbeta, dalpha, x, rows, *_halo_arguments(halo), weight.contiguous(), dense(bias), dx, dx_rows,
         *_halo_arguments(d_halo), partial, tables.chunks, tables.num_chunks, joined, x.stride(0), _row_stride(halo),
         dq.stride(0), dk.stride(0), dv.stride(0), dx.stride(0), _row_stride(d_halo), channels.share,
@@ -199,7 +202,7 @@ def convolve_rows_backward(
     if parameters:
         width = channels.shares * D
         block = min(32, power_of_2(width))
-        conv1d_reduce_kernel[((W + (bias is not None)) * cdiv(width, block),)](
+        run_kernel(conv1d_reduce_kernel, (W + (bias is not None)) * cdiv(width, block),
             partial, dweight, dbias, programs, channels.share, QK=channels.qk, V=channels.v, SHARES=channels.shares,
             W=W, ROWS=64, BD=block, HAS_BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
@@ -325,6 +328,7 @@ def _cases_of(
         ("backward", conv1d_backward_kernel, BACKWARD_CHANNELS, BACKWARD_GROUP),
     ):
         sizes, _blocks = _constants(channels, gates, W, per_thread)
+        sizes = dict(sizes)
         warps = sizes.pop("num_warps")
         map_x = mapped and not (keep and kind == "backward")
         given = constants | sizes | {"GROUP": group, "MAPPED": map_x} | ({} if map_x else {"rows": None})

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gdn_cp.kernels.configs import cdiv, launches, power_of_2
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, dense
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -127,49 +128,44 @@ def gate_backward_kernel(
     tl.store(partial + (i_p * 2 + 1) * HV + o_h, sum_x, mask=m_h)
 
 
-@triton.jit
-def sum_partials_kernel(partial, total, num_partials, WIDTH: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr):
-    """total[j] = sum over i of partial[i, j] for BW columns j, in the order of i: blocks of ROWS, then one tree."""
-    o_w = tl.program_id(0) * BW + tl.arange(0, BW)
+@triton.jit(do_not_specialize=["share"])
+def sum_partials_kernel(
+    partial, total, num_partials, share,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """total[j] = sum over i of partial[i, j] for BW columns j, in the order of i: blocks of ROWS, then one tree.
+
+    With SHARES, column j of `total` is a place among the heads of all shares: for WIDTH = 4, HEADS = 2, SHARES = 2 and
+    share 1, the sums of columns 0 1 2 3 go to places 2 3 6 7, and the rest becomes 0.
+    """
+    place = tl.program_id(0) * BW + tl.arange(0, BW)
+    head = place % (SHARES * HEADS)
+    m_w = (place < WIDTH * SHARES) & (head // HEADS == share)
+    o_w = place // (SHARES * HEADS) * HEADS + head % HEADS
     o_r = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BW], tl.float32)
     for start in range(0, num_partials, ROWS):
-        mask = (start + o_r[:, None] < num_partials) & (o_w[None, :] < WIDTH)
+        mask = (start + o_r[:, None] < num_partials) & m_w[None, :]
         sums += tl.load(partial + (start + o_r[:, None]) * WIDTH + o_w[None, :], mask=mask, other=0.0)
-    tl.store(total + o_w, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=o_w < WIDTH)
+    tl.store(total + place, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=place < WIDTH * SHARES)
 
 
-def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Sum of float32 partial sums [n, ...] over the first dimension, always in the same order, rounded to `dtype`."""
-    flat = partial.flatten(1)
-    width = flat.shape[1]
-    total = torch.empty(width, dtype=dtype, device=partial.device)
-    if flat.shape[0] == 0:
-        return total.zero_().view(partial.shape[1:])
+def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32, shares: int = 1, share: int = 0) -> Tensor:
+    """Sum of float32 partial sums [n, ..., heads] over the first dimension, always in the same order, as `dtype`.
+
+    The result [..., shares * heads] has zeros in all places but those of the share-th of `shares` ranks' heads.
+    """
+    *dims, heads = partial.shape[1:]
+    width = partial.shape[1:].numel()
+    total = torch.empty(*dims, shares * heads, dtype=dtype, device=partial.device)
+    if partial.shape[0] == 0:
+        return total.zero_()
     block = 32  # whatever the width, so that a head's sum has the same order among few heads and among many
-    sum_partials_kernel[(cdiv(width, block),)](flat, total, flat.shape[0], WIDTH=width, ROWS=64, BW=block, num_warps=4)
-    return total.view(partial.shape[1:])
-
-
-@triton.jit(do_not_specialize=["share"])
-def embed_heads_kernel(first, second, out, share, HEADS: tl.constexpr, SHARES: tl.constexpr, BH: tl.constexpr):
-    """out [2, SHARES * HEADS] float32: `first` and `second` [HEADS] at the share-th place, zeros elsewhere."""
-    head = tl.arange(0, BH)
-    own = (head // HEADS == share) & (head < SHARES * HEADS)
-    for i in tl.static_range(2):
-        x = tl.load((first if i == 0 else second) + (head - share * HEADS), mask=own, other=0.0)
-        tl.store(out + i * (SHARES * HEADS) + head, x, mask=head < SHARES * HEADS)
-
-
-@launches
-def embed_heads(first: Tensor, second: Tensor, shares: int, share: int) -> tuple[Tensor, Tensor]:
-    """Two float32 vectors of a rank's heads as vectors of all heads, with zeros for the other ranks', in one launch."""
-    heads = first.shape[0]
-    out = torch.empty(2, shares * heads, dtype=torch.float32, device=first.device)
-    embed_heads_kernel[(1,)](
-        first, second, out, share, HEADS=heads, SHARES=shares, BH=power_of_2(shares * heads), num_warps=1
-    )
-    return out[0], out[1]
+    run_kernel(
+        sum_partials_kernel, cdiv(width * shares, block), partial, total, partial.shape[0], share,
+        WIDTH=width, HEADS=heads, SHARES=shares, ROWS=64, BW=block, num_warps=4,
+    )  # fmt: skip
+    return total
 
 
 def _grid(g: Tensor, cu_seqlens: Tensor | None, cumsum: bool) -> tuple[Tensor | None, int, int]:
@@ -190,7 +186,7 @@ def gate_forward(g: Tensor, A_log: Tensor, dt_bias: Tensor | None, cu_seqlens: T
     chunks, n_t, n_h = _grid(g, cu_seqlens, cumsum)
     if out.numel():
         flat = _flat_rows(g)
-        gate_forward_kernel[(n_t * n_h,)](
+        run_kernel(gate_forward_kernel, n_t * n_h,
             flat, dense(A_log), dense(dt_bias), out, chunks, flat.shape[0], flat.stride(0), flat.stride(1),
             HV=HV, BH=_block_heads(HV), C=CHUNK, HAS_DT_BIAS=dt_bias is not None, CUMSUM=cumsum,
             IS_TABLE=chunks is not None, num_warps=4,
@@ -211,7 +207,7 @@ def gate_backward(
     partial = torch.empty(programs, 2, HV, dtype=torch.float32, device=g.device)
     if programs:
         flat = _flat_rows(g)
-        gate_backward_kernel[(programs * n_h,)](
+        run_kernel(gate_backward_kernel, programs * n_h,
             dout.contiguous(), flat, dense(A_log), dense(dt_bias), dg, partial, chunks, flat.shape[0], n_t,
             flat.stride(0), flat.stride(1), per_program,
             HV=HV, BH=_block_heads(HV), C=CHUNK, HAS_DT_BIAS=dt_bias is not None, CUMSUM=cumsum,
@@ -289,8 +285,8 @@ def compile_cases() -> list[CompileCase]:
         suffix = "cumsum" if cumsum else "plain"
         cases.append(CompileCase(f"gate.forward/{suffix}", gate_forward_kernel, {**forward, **table}, mode))
         cases.append(CompileCase(f"gate.backward/{suffix}", gate_backward_kernel, {**backward, **table}, mode))
-    embed = {"first": "*fp32", "second": "*fp32", "out": "*fp32", "share": "i32"}
-    cases.append(CompileCase("gate.embed", embed_heads_kernel, embed, {"HEADS": 8, "SHARES": 4, "BH": 32}, num_warps=1))
-    sums = {"partial": "*fp32", "total": "*fp32", "num_partials": "i32"}
-    cases.append(CompileCase("gate.sum", sum_partials_kernel, sums, {"WIDTH": 64, "ROWS": 64, "BW": 32}))
+    sums = {"partial": "*fp32", "total": "*fp32", "num_partials": "i32", "share": "i32"}
+    for name, shares in (("sum", 1), ("sum of a share", 4)):
+        sizes = {"WIDTH": 64 // shares, "HEADS": 32 // shares, "SHARES": shares, "ROWS": 64, "BW": 32}
+        cases.append(CompileCase(f"gate.{name}", sum_partials_kernel, sums, sizes))
     return cases

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import cdiv, launches, options, power_of_2
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -99,7 +100,7 @@ def launch_merge(
     marks = None
     if constants["BR"] < K:
         marks = torch.empty(len(units), 2, K, V, dtype=torch.float32, device=ext.device)
-    merge_kernel[(len(units) * cdiv(V, COLUMNS_PER_PROGRAM),)](
+    run_kernel(merge_kernel, len(units) * cdiv(V, COLUMNS_PER_PROGRAM),
         ext, maps, units, links, out, kept, marks, ext.stride(0), ext.stride(1), maps.stride(0), maps.stride(1),
         **options(warps, stages, **constants),
     )  # fmt: skip

@@ -16,6 +16,7 @@ above it, BR rows of a tile.
 # triton.jit hides the options of a launch from a type checker, and triton.cdiv may return a constexpr
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ from torch import Tensor
 from gdn_cp.kernels.activations_triton import sigmoid
 from gdn_cp.kernels.configs import cdiv, launches, multiprocessors, power_of_2
 from gdn_cp.kernels.gate_triton import sum_partials
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -146,6 +148,7 @@ def _by_heads(x: Tensor) -> Tensor:
     return heads if heads.stride(2) == 1 else heads.contiguous()
 
 
+@lru_cache(maxsize=64)
 def _sizes(H: int, V: int, tile: int) -> dict[str, int]:
     """Compile-time sizes for H heads of width V."""
     BV = power_of_2(V)
@@ -176,7 +179,7 @@ def gate_heads(
     kept = torch.empty_like(y) if keep else None
     if y.numel():
         sizes, num_rows = _sizes(H, V, FORWARD_TILE), tokens * H
-        norm_forward_kernel[(cdiv(num_rows, sizes["BR"]),)](
+        run_kernel(norm_forward_kernel, cdiv(num_rows, sizes["BR"]),
             x, z, weight.contiguous(), y, kept, _bytes(padding), num_rows, eps, *x.stride()[:3], *z.stride()[:2],
             **sizes, HB=x.shape[2], ROUND_PRODUCT=weight.dtype == x.dtype, KEEP=keep, HAS_PADDING=padding is not None,
             num_warps=NUM_WARPS,
@@ -205,7 +208,7 @@ def gate_heads_backward(
     per_program = cdiv(tiles, PROGRAMS_PER_SM * multiprocessors(x.device))
     programs = cdiv(tiles, per_program)
     partial = torch.empty(programs, V, dtype=torch.float32, device=x.device)
-    norm_backward_kernel[(programs,)](
+    run_kernel(norm_backward_kernel, programs,
         dy, x, z, weight.contiguous(), dx, dz, partial, _bytes(padding), num_rows, per_program, eps, *x.stride()[:3],
         *z.stride()[:2], *dy.stride()[:2], *dx.stride()[:2], dz.stride(0),
         **sizes, HB=x.shape[2], DX_HB=dx.shape[2], HAS_PADDING=padding is not None, num_warps=NUM_WARPS,

@@ -115,7 +115,15 @@ def chain_plan(
         raise ValueError(f"{PIECES_VARIABLE} is {override!r}: set it to a number of chunks >= 0, or unset it")
     if intra_card is None and override is not None:
         intra_card = int(override)
-    sequences = max(num_sequences, 1)
+    return _plan(device, dtype, max(num_sequences, 1), num_rows, heads, K, V, intra_card, summarised)
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    device: torch.device, dtype: torch.dtype, sequences: int, num_rows: int, heads: int, K: int, V: int,
+    intra_card: int | None, summarised: bool,
+) -> ChainPlan:  # fmt: skip
+    """`chain_plan` behind its variable."""
     chunks = math.ceil(num_rows / sequences / 64)
     shape = Shape(multiprocessors(device), sequences, chunks, heads, K, V, summarised)
     tensor_cores = chain_config(device, dtype, K, V).tma and K <= 128 and device.type == "cuda"

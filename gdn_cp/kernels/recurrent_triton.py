@@ -26,6 +26,7 @@ import triton.language as tl
 from gdn_cp.kernels.configs import launches
 from gdn_cp.kernels.gate_triton import gate_of
 from gdn_cp.kernels.tables import dense
+from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -266,7 +267,7 @@ def launch(
     tile = choose_tile(K, V, state_bytes, state_v_first, q.dtype == torch.bfloat16 and q.is_cuda and is_bank)
     if N * HV == 0:
         return o
-    recurrent_kernel[(N * HV * triton.cdiv(V, tile.BV),)](
+    run_kernel(recurrent_kernel, N * HV * triton.cdiv(V, tile.BV),
         q, k, v, g, beta, dense(A_log), dense(dt_bias), o, initial, final, dense(cu_seqlens), state_indices,
         cache_seqlens, scale, T, num_slots, ring,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *_strides(g), *_strides(beta),

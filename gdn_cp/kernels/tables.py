@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import on_device, options
+from gdn_cp.launch import raw_stream, run_kernel
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -43,12 +45,12 @@ class ChunkTables:
     pieces: Tensor
     num_sequences: int
 
-    @property
+    @cached_property
     def num_chunks(self) -> int:
         """Bound on the number of chunks."""
         return self.chunks.shape[0]
 
-    @property
+    @cached_property
     def num_pieces(self) -> int:
         """Bound on the number of pieces."""
         return self.pieces.shape[0]
@@ -147,7 +149,7 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return raw_stream(device) if device.type == "cuda" else 0
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -205,7 +207,7 @@ def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.dev
     pieces = torch.empty(n_pieces, 8, dtype=torch.int32, device=device)
     if n_seq:
         with on_device(device):
-            _tables_kernel[(n_seq,)](
+            run_kernel(_tables_kernel, n_seq,
                 dense(cu_seqlens), chunks, pieces, seqlen, n_seq, n_chunks, n_pieces, piece_chunks or 2**30,
                 **options(4, 1, VARLEN=cu_seqlens is not None, CHUNK=CHUNK, BLOCK=1024),
             )  # fmt: skip

@@ -319,8 +319,11 @@ class GatedDeltaNet(MegatronModule):
                 **self.rule_options,
             )
 
-        rows = projected.transpose(0, 1).flatten(0, 1)
+        # With one sequence, as always when packed, the rows lie as they should: a view of autograd's less each way.
+        rows = projected.squeeze(1) if batch == 1 else projected.transpose(0, 1).flatten(0, 1)
         mixed: Any = checkpoint(mix, False, rows) if self.training and self.recompute_mixer else mix(rows)
+        if batch == 1:
+            return self.out_proj(mixed.unsqueeze(1))
         return self.out_proj(mixed.unflatten(0, (batch, seqlen)).transpose(0, 1).contiguous())
 
     def _check_hidden_states(self, hidden_states: Tensor) -> None:

@@ -92,10 +92,11 @@ class Batch:
         buffer = self.transport.in_grad_buffer(d_projected)
         doubt()
         buffer.data[:, : self.x_hp.shape[1]] = self.x_hp + step
-        self.transport.return_in_grad(buffer, d_projected)
+        dz = torch.full_like(self.local_o, -2)
+        self.transport.return_in_grad(buffer, d_projected, dz)
         doubt()
         wrong += (self._sent(d_projected) != (self._sent(self.local_x) + step) * self.real).sum()
-        return wrong + (d_projected[:, c.conv : c.gates] != -1).sum()
+        return wrong + (d_projected[:, c.conv : c.gates] != -2).sum()
 
 
 def batches(world: int, memory: Any) -> list[Batch]:

@@ -169,9 +169,11 @@ class ReusedMemory:
         c = self.columns
         return RowBuffer(self._lend(like.new_empty(len(like), c.conv + 2 * c.heads)), None, c.conv)
 
-    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor) -> None:
+    def return_in_grad(self, buffer: RowBuffer, d_projected: Tensor, dz: Tensor | None = None) -> None:
         c, moved = self.columns, self._clean(buffer.data)
         d_projected[:, : c.conv], d_projected[:, c.gates :] = moved[:, : c.conv], moved[:, c.conv :]
+        if dz is not None:
+            d_projected[:, c.conv : c.gates] = dz
 
 
 def test_what_the_backward_needs_is_copied_out_of_transient_buffers():

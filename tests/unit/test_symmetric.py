@@ -99,6 +99,13 @@ def test_way_in_and_its_gradient_equal_a_permutation(P, columns, dtype):
             whole = layout.shard(zero_padding(gradient, layout), rank)
             assert torch.equal(sent(grads[rank], columns)[0], sent(whole, columns)[0])
             assert (grads[rank][:, columns.conv : columns.gates] == 5).all()
+        for rank in range(P):
+            whole = torch.full_like(grads[rank], 5)
+            dz = torch.randn(layout.t_local, columns.v).to(dtype)
+            made[rank].return_in_grad(buffers[rank], whole, dz)
+            assert torch.equal(whole[:, columns.conv : columns.gates], dz)
+            whole[:, columns.conv : columns.gates] = 5
+            assert torch.equal(whole, grads[rank])
 
 
 @pytest.mark.parametrize(("P", "columns", "dtype"), CASES)
@@ -178,11 +185,13 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     made: dict[str, Any] = {}
 
     def current(device: object = None) -> Any:
-        one = SimpleNamespace(wait_stream=lambda other: state.waited.append((one.name, other.name)), name=state.name)
+        one = SimpleNamespace(name=state.name, cuda_stream=state.name)
+        one.wait_stream = lambda other: state.waited.append((one.name, other.name))
         return made.setdefault(state.name, one)
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", current)
+    monkeypatch.setattr("gdn_cp.comm.symmetric.raw_stream", lambda device: state.name)
     return state
 
 

@@ -1,0 +1,144 @@
+"""Launching Triton kernels at a fraction of the host's time that `kernel[grid](...)` takes.
+
+At every launch Triton binds the arguments, classifies each, and builds strings to find the compiled kernel: several
+times what the driver needs, and a layer of 16,384 tokens on four GPUs launches for longer than it computes.
+`run_kernel` asks Triton once for each class of arguments, keeps what it compiled, and from then on calls that directly.
+
+Two launches are of one class only if Triton would run one compiled kernel for both. The classes here are at least as
+fine as Triton's: a tensor's dtype and whether its address is a multiple of 16; whether an int is such a multiple, is 1,
+or needs 64 bits; a descriptor's dtype and block; constants by value. What this module does not know goes Triton's way:
+other types of arguments, kernels with hooks of their own, profilers' hooks, the interpreter, other versions of Triton.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
+"""Versions of Triton whose compiled kernels take what `run_kernel` gives them."""
+
+MAX_CLASSES = 1024  # of one kernel; more would be a leak, so all are forgotten then
+
+_direct = ".".join(triton.__version__.split(".")[:2]) in KNOWN_VERSIONS
+
+
+class _Compiled(NamedTuple):
+    """A compiled kernel as `JITFunction.run` calls it, and the constants that follow the arguments."""
+
+    run: Any
+    function: Any
+    metadata: Any
+    constants: tuple[Any, ...]
+
+
+_Class = tuple[Any, ...]
+# By the kernel's id, which is its own as long as the kernel stands here.
+_classes: dict[int, tuple[Any, dict[_Class, _Compiled]]] = {}
+# What descriptors have besides their tensors.
+_described: dict[_Class, dict[str, Any]] = {}
+
+
+def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """`kernel[(programs,)](*args, **constants)`, on the current device and stream.
+
+    Args:
+        kernel: what `triton.jit` made.
+        programs: of a one-dimensional grid.
+        args: tensors, numbers, descriptors or None for the kernel's first parameters, which are no constexprs.
+        constants: its constexprs, and options of the compiler (num_warps, ...), by name.
+    """
+    classified = None
+    if _direct and kernel.__class__ is JITFunction and not kernel.pre_run_hooks and not _watched():
+        classified = classify(args)
+    if classified is None:
+        kernel[(programs,)](*args, **constants)
+        return
+    of_args, values = classified
+    driver: Any = triton.runtime.driver.active
+    device = driver.get_current_device()
+    key = (device, knobs.runtime.debug, *constants, *constants.values(), *of_args)
+    entry = _classes.get(id(kernel))
+    if entry is None:
+        entry = _classes[id(kernel)] = (kernel, {})
+    found = entry[1].get(key)
+    if found is None:
+        _compile(kernel, programs, args, constants, entry[1], key)
+        return
+    run, function, metadata, following = found
+    stream = driver.get_current_stream(device)
+    run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *following)
+
+
+def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    """`TensorDescriptor(x, shape, strides, block)`, whose checks are made once for arguments that are alike."""
+    key = (x.dtype, *shape, *strides, *block)
+    checked = _described.get(key)
+    if checked is None or x.data_ptr() & 15:
+        if len(_described) >= MAX_CLASSES:
+            _described.clear()
+        made = TensorDescriptor(x, shape, strides, block)
+        _described[key] = {name: value for name, value in vars(made).items() if name != "base"}
+        return made
+    made = object.__new__(TensorDescriptor)
+    vars(made).update(checked, base=x)
+    return made
+
+
+def raw_stream(device: torch.device) -> int:
+    """The address of a CUDA device's current stream, as Triton asks for it: without the object around it."""
+    driver: Any = triton.runtime.driver.active
+    return driver.get_current_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def classify(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
+    """(the class of each argument, what a compiled kernel is given for it); None if there is one of unknown type."""
+    classes: list[Any] = []
+    values: list[Any] = []
+    for x in args:
+        kind = x.__class__
+        if kind is Tensor or kind is torch.nn.Parameter:
+            address, dtype = x.data_ptr(), x.dtype
+            classes.append((dtype,) if address & 15 else dtype)
+            values.append(address)
+            continue
+        values.append(x)
+        if kind is int:
+            classes.append(not x & 15 if 1 < x < 2**31 else (x,))
+        elif x is None or kind is float:
+            classes.append(kind)
+        elif kind is TensorDescriptor:
+            classes.append((x.base.dtype, *x.block_shape))
+        else:
+            return None
+    return classes, values
+
+
+def _watched() -> bool:
+    """Whether somebody wants to know of launches, or has a say in how kernels are compiled."""
+    runtime = knobs.runtime
+    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):  # a chain of hooks is there without any in it
+            return True
+    return getattr(runtime, "add_stages_inspection_hook", None) is not None
+
+
+def _compile(
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: dict[str, Any], classes: dict[_Class, _Compiled],
+    key: _Class,
+) -> None:  # fmt: skip
+    """Launch Triton's way, and keep what it compiled unless runtime arguments stand elsewhere than in front."""
+    compiled = kernel[(programs,)](*args, **constants)
+    given, rest = kernel.params[: len(args)], kernel.params[len(args) :]
+    if any(p.is_constexpr for p in given) or not all(p.is_constexpr for p in rest):
+        return
+    if len(classes) >= MAX_CLASSES:
+        classes.clear()
+    following = tuple(constants.get(p.name, p.default) for p in rest)
+    classes[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, following)
