@@ -32,8 +32,24 @@ if TYPE_CHECKING:
 ENTERED = 1
 LEFT = 2
 COLUMNS_PER_PROGRAM = 16
-# Three products of tf32 for one of float32, to its rounding.
-_PRECISION = "tf32x3"
+
+
+@triton.jit
+def _split(x):
+    """x as a sum of two numbers of 11 significant bits, all that a tf32 product reads; what is left is below 2^-22 x."""
+    bits = x.to(tl.int32, bitcast=True)
+    high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _product(x, m, added):
+    """x m + added to float32's rounding by three products of tf32, whose sums do not wait for each other."""
+    x_high, x_low = _split(x)
+    m_high, m_low = _split(m)
+    rest = tl.dot(x_low, m_high, input_precision="tf32")
+    other = tl.dot(x_high, m_low, input_precision="tf32")
+    return tl.dot(x_high, m_high, added, input_precision="tf32") + (rest + other)
 
 
 @triton.jit
@@ -41,7 +57,7 @@ def compose_kernel(
     ext_ptr, maps_ptr, given_ptr, marks_ptr, whole_ptr, pieces_ptr, roles_ptr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, COLUMNS: tl.constexpr, EXT_WIDTH: tl.constexpr,
     MAP_WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, REVERSE: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Program (first piece p of a sequence, value head, BV columns): X := ext + M X over the pieces, M^T in REVERSE.
 
@@ -96,7 +112,7 @@ def compose_kernel(
         M = maps_ptr + at * (K * MAP_WIDTH) + d[None, :] * along
         if BR >= K:
             factor = tl.load(M + r[:, None] * across, mask=(d[None, :] < K) & (r[:, None] < K) & has_map, other=0.0)
-            state = tl.dot(state, factor, moved, input_precision=PRECISION)
+            state = _product(state, factor, moved)
         else:
             tl.debug_barrier()
             for first in range(0, K, BR):
@@ -107,7 +123,7 @@ def compose_kernel(
                     mask=((first + r)[None, :] < K) & (e[:, None] < COLUMNS),
                     other=0.0,
                 )
-                moved = tl.dot(part, factor, moved, input_precision=PRECISION)
+                moved = _product(part, factor, moved)
             state = moved
     if whole_ptr is not None:
         whole = whole_ptr + (n * HV + hv) * (K * COLUMNS)
@@ -189,7 +205,6 @@ def _settings(
     return max(BK // 16, 1), stages, {
         "HV": HV, "K": K, "V": V, "COLUMNS": columns, "EXT_WIDTH": ext_width, "MAP_WIDTH": map_width, "BK": BK,
         "BV": COLUMNS_PER_PROGRAM, "BR": BK if fits else 32, "REVERSE": reverse, "STAGES": stages,
-        "PRECISION": _PRECISION,
     }  # fmt: skip
 
 

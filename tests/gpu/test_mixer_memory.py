@@ -1,0 +1,79 @@
+"""Memory of the fused mixer on GPUs, against the list of what is alive at the backward's peak (docs/design.md).
+
+A bound is the sum of that list, counted in bytes per row, plus a few MiB for tables, norms, pieces of sequences and
+what the allocator rounds up. It is less than the sum with the backward's states all in one slice.
+
+Dimensions: T rows of the batch, P ranks, H query/key and HV value heads of a rank's share, D = K = V head dim.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from gdn_cp import GatedDeltaNet, GdnDims, ThdLayout, gated_delta_net_mixer
+from gdn_cp.kernels.chunk_bwd import LEAN_BYTES, slice_chunks
+
+T, H, HV, D = 16384, 4, 8, 128
+SLACK = 40 * 2**20
+SLICE = 112 * 2**10 * HV * slice_chunks(T // 64, HV, D, D, 2, True)  # bytes of a slice's states and products
+KEPT_BY_RULE = HV * (2 * 64 + 8) + H * 8  # a row of the inverses, gates, beta and norms
+
+
+def measure(ranks: int, rank: int) -> tuple[int, int]:
+    """(bytes kept after the forward besides the output, bytes at the peak), above what is there before."""
+    torch.manual_seed(0)
+    dims = GdnDims(H * ranks, HV * ranks, D, D, 4)
+    sizes = (dims.num_k_heads, dims.num_v_heads, D, D, dims.conv_kernel)
+    module = GatedDeltaNet(8, *sizes, dtype=torch.bfloat16, device="cuda")
+    layout = ThdLayout.zigzag([0, T], ranks, device="cuda")
+    group = dist.group.WORLD if ranks > 1 else None
+    x = torch.randn(T // ranks, dims.in_proj_dim, device="cuda").bfloat16().requires_grad_()
+    dy = torch.randn(T // ranks, HV * ranks * D, device="cuda").bfloat16()
+    leaves = [x, *(p for name, p in module.named_parameters() if not name.startswith(("in_", "out_proj")))]
+    found = 0, 0
+    for _ in range(2):  # the first call makes tables, and memory for the exchange
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        out = gated_delta_net_mixer(x, **module.mixer_arguments(), layout=layout, group=group)
+        kept = torch.cuda.memory_allocated() - before - out.untyped_storage().nbytes()
+        gradients = torch.autograd.grad(out, leaves, dy)
+        found = kept, torch.cuda.max_memory_allocated() - before
+        del out, gradients
+    return found
+
+
+def test_bounds_tell_lean_slices_from_one():
+    whole = 112 * 2**10 * HV * (T // 64)
+    assert whole > LEAN_BYTES
+    assert whole - SLICE > 2 * SLACK
+
+
+@pytest.mark.gpu
+def test_peak_on_one_gpu():
+    kept, peak = measure(1, 0)
+    o = 2 * HV * D
+    projection = 2 * (2 * H * D + 2 * HV * D + 2 * HV)
+    assert kept < T * (o + KEPT_BY_RULE) + SLACK
+    # Output, gradient of the projection (q, k, v anew in it), gradients of o, q, k, v.
+    rows = o + projection + o + 2 * (2 * H * D + HV * D)
+    assert peak < T * (rows + KEPT_BY_RULE) + SLICE + SLACK
+
+
+def _on_ranks(rank: int, world_size: int) -> tuple[int, int]:
+    return measure(world_size, rank)
+
+
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("exchange", ["nccl", "auto"])
+def test_peak_on_two_ranks(run_ranks, exchange: str, monkeypatch: pytest.MonkeyPatch):
+    """Per row of the batch: local rows are half as many, and hold two ranks' heads."""
+    monkeypatch.setenv("GDN_CP_EXCHANGE", exchange)
+    conv, o = 2 * (2 * H * D + HV * D), 2 * HV * D
+    for kept, peak in run_ranks(_on_ranks, 2, backend="nccl", timeout=240):
+        assert kept < T * (conv + o + o + KEPT_BY_RULE) + SLACK  # rows before the convolution, z, o
+        # Those rows, output, gradient of z; q, k, v anew; gradients of o, k, v (that of q is in q's place).
+        rows = conv + o + o + conv + o + 2 * (H * D + HV * D)
+        assert peak < T * (rows + KEPT_BY_RULE) + SLICE + SLACK
