@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gdn_cp.kernels.bwd_slices import SLICE_BYTES, chain_columns, concurrent_pieces, summary_chunks
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
 from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, gate_gradients_kernel, scores_kernel
 from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
@@ -40,13 +41,8 @@ from gdn_cp.launch import describe, run_kernel
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
 
+
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
-# Buffers of one slice: small beside the activations of the batches that are cut, large enough to fill the card.
-SLICE_BYTES = 384 * 2**20
-# Where memory counts more than a few launches, two slices from this size on: half the buffers, and 128 programs still.
-LEAN_BYTES = 128 * 2**20
-
-
 class BackwardLaunch(NamedTuple):
     """For each kernel (columns of the state per step, warps, pipeline stages, limit of registers or none); and whether
     the bulk copy engine is used."""
@@ -98,48 +94,6 @@ def _shipped_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     if K <= 64:
         return BackwardLaunch((columns, 4, 3), (half, 4, 3), (half, 4, 3), (half, 4, 3), True)
     return BackwardLaunch((columns, 4, 3), (half, 4, 3), (block_v, 8, 3, 128), (half, 4, 3), True)
-
-
-def chain_columns(walks: int, V: int, processors: int) -> int:
-    """Columns of the state per program, 16 to 64: the fewest with which the programs of `walks` all run at once.
-
-    >>> chain_columns(8, 128, 132), chain_columns(16, 128, 132), chain_columns(64, 128, 132)
-    (16, 32, 64)
-    """
-    columns = max(16, min(64, power_of_2(V)))
-    while columns > 16 and walks * 2 * cdiv(V, columns // 2) <= processors:
-        columns //= 2
-    return columns
-
-
-def slice_chunks(num_chunks: int, HV: int, K: int, V: int, element_size: int = 2, lean: bool = False) -> int:
-    """Chunks of a slice when num_chunks are too many for one set of buffers of SLICE_BYTES, else 0 (no slices).
-
-    With `lean` also when they take more than LEAN_BYTES: then the buffers are no more than half of what they would be.
-    """
-    per_chunk = HV * (2 * K * V + CHUNK * (max(K, 2 * CHUNK) + 2 * V)) * element_size
-    most = min(SLICE_BYTES, max(LEAN_BYTES, num_chunks * per_chunk // 2)) if lean else SLICE_BYTES
-    fitting = max(most // per_chunk, 16)
-    if num_chunks <= fitting:
-        return 0
-    slices = -(-num_chunks // fitting)
-    return -(-num_chunks // slices)
-
-
-def concurrent_pieces(num_pieces: int, num_chunks: int, size: int) -> int:
-    """Pieces of which a slice of `size` chunks holds a part, if they are equally long; whole sequences count as one.
-
-    >>> concurrent_pieces(4, 2048, 410), concurrent_pieces(4, 2048, 2048)
-    (2, 4)
-    """
-    return min(num_pieces, 1 + cdiv((num_pieces - 1) * size, max(num_chunks, 1)))
-
-
-def summary_chunks(num_chunks: int, HV: int, K: int, element_size: int = 2) -> int:
-    """Chunks of a slice when only gradients of states are walked, which needs X and Y and nothing else; at least 1."""
-    fitting = max(SLICE_BYTES // (HV * CHUNK * (K + CHUNK) * element_size), 16)
-    slices = -(-num_chunks // fitting)
-    return -(-num_chunks // max(slices, 1)) or 1
 
 
 @launches
@@ -203,16 +157,17 @@ def chunk_gated_delta_rule_bwd(
     if piece_states is not None:
         starts, sums = piece_states
         ends = piece_gradients(run.summarise(dht, state_v_first), sums, tables.pieces)
+    dG = None if g is None else torch.empty(tables.num_chunks, HV, CHUNK, dtype=torch.float32, device=q.device)
     for index, c0, c1 in run.bounds():
         checkpoint = None if checkpoints is None else checkpoints[index]
         run.chains(index, c0, c1, initial_state, dht, checkpoint, starts, ends, out, state_v_first)
         if c1 > c0:
-            dG = run.local(c0, c1, out, g is not None, use_beta_sigmoid_in_kernel)
-            if g is not None:
-                run_kernel(gate_gradients_kernel, (c1 - c0) * HV,
-                    dG, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, parts, c0, g.stride(1), g.stride(2),
-                    HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
-                )  # fmt: skip
+            run.local(c0, c1, out, dG, use_beta_sigmoid_in_kernel)
+    if dG is not None and g is not None and tables.num_chunks:
+        run_kernel(gate_gradients_kernel, tables.num_chunks * HV,
+            dG, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, parts, g.stride(1), g.stride(2),
+            HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
+        )  # fmt: skip
     if parts is None:
         return out
     dA_log, ddt_bias = sum_partials(parts, shares=shares, share=share).unbind()
@@ -275,8 +230,8 @@ class Slices:
             "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": max(16, power_of_2(self.K)),
             "C": CHUNK, "TMA": self.tma, "PRECISION": dot_precision(q.dtype),
         }  # fmt: skip
-        self.products: tuple[Tensor, Tensor | None] | None = None
-        self.prepared_slice: tuple[int, int] | None = None  # which chunks `products` are of
+        self.products: tuple[Tensor, Tensor] | None = None
+        self.prepared_slice = (0, 0)  # which chunks `products` are of
         self.h: Tensor | None = None
         self.dh: Tensor | None = None
         self.M: Tensor | None = None
@@ -320,7 +275,8 @@ class Slices:
         results = (self.matrices(self.h, bv), self.matrices(self.dh, bv), self.matrices(self.M, bv), out.dv, out.dh0)
         states = (None, initial_state, starts, checkpoint, dht, ends)
         self._walk(index, c0, c1, states, results, None, state_v_first)
-        self.products = self.prepared_slice = None  # their memory is for what comes next
+        if c0 == self.prepared_slice[0]:  # slices come last first
+            self.products, self.prepared_slice = None, (0, 0)
 
     def _walk(
         self, index: int, c0: int, c1: int, states: tuple[Tensor | None, ...], results: tuple[Any, ...],
@@ -337,25 +293,33 @@ class Slices:
             SUMMARY=summaries is not None, **options, **self.constants,
         )  # fmt: skip
 
-    def prepare(self, c0: int, c1: int) -> tuple[Tensor, Tensor | None]:
-        """X and Yt of a slice, kept until its chains have been walked."""
-        if self.products is None or self.prepared_slice != (c0, c1):
+    def prepare(self, c0: int, c1: int) -> None:
+        """Make X and Yt of chunks c0 .. c1 - 1, kept until the chains of the first of them have been walked."""
+        if not self._has_products(c0, c1):
             self.products, self.prepared_slice = self._multiply(c0, c1), (c0, c1)
-        return self.products
+
+    def _has_products(self, c0: int, c1: int) -> bool:
+        return self.products is not None and self.prepared_slice[0] <= c0 and c1 <= self.prepared_slice[1]
 
     def _products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
-        """X and Yt of a slice; kept if the backward has only one, for a summary and the walk after it need both."""
-        if (c1 - c0 == self.tables.num_chunks <= self.size) or self.prepared_slice == (c0, c1):
-            X, Yt = self.prepare(c0, c1)
-        else:
-            X, Yt = self._multiply(c0, c1)
-        assert Yt is not None
-        return X, Yt
+        """X and Yt of chunks c0 .. c1 - 1; those of a whole batch are kept if they are few, for summaries need them and
+        the walks after them too."""
+        few = self.HV * CHUNK * (self.K + CHUNK) * self.q.element_size() * (c1 - c0) <= SLICE_BYTES // 2
+        if c1 - c0 == self.tables.num_chunks and few:
+            self.prepare(c0, c1)
+        if not self._has_products(c0, c1):
+            return self._multiply(c0, c1)
+        assert self.products is not None
+        first = self.prepared_slice[0]
+        X, Yt = self.products
+        return X[c0 - first : c1 - first], Yt[c0 - first : c1 - first]
 
-    def _multiply(self, c0: int, c1: int) -> tuple[Tensor, Tensor | None]:
-        return prepare_products(
+    def _multiply(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
+        X, Yt = prepare_products(
             self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0
         )
+        assert Yt is not None
+        return X, Yt
 
     def _carries(self, index: int, chunks: int) -> tuple[Tensor | None, Tensor | None]:
         """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes."""
@@ -366,15 +330,14 @@ class Slices:
             self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         return self.carries[index % 2], self.carries[(index + 1) % 2]
 
-    def local(self, c0: int, c1: int, out: Gradients, with_gate: bool, sigmoid: bool) -> Tensor | None:
-        """dq, dk, dv, dbeta of chunks c0 .. c1 - 1; returns dG [c1 - c0, HV, 64] float32."""
+    def local(self, c0: int, c1: int, out: Gradients, dG: Tensor | None, sigmoid: bool) -> None:
+        """dq, dk, dv, dbeta of chunks c0 .. c1 - 1, and their part of dG [NT, HV, 64] float32."""
         q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
         assert self.h is not None
         assert self.dh is not None
         assert self.M is not None
-        shape = (c1 - c0, self.HV, CHUNK)
-        U, D, F = (torch.empty(*shape, width, dtype=q.dtype, device=q.device) for width in (self.V, CHUNK, CHUNK))
-        dG = torch.empty(shape, dtype=torch.float32, device=q.device) if with_gate else None
+        U, D, F = self._scores(c0, c1)
+        dG = None if dG is None else dG[c0:]
         bv, options = _options(self.config.scores)
         M = self.matrices(self.M, bv)
         run_kernel(scores_kernel, (c1 - c0) * self.HV,
@@ -393,7 +356,15 @@ class Slices:
             q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D, dG,
             out.dq, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
         )  # fmt: skip
-        return dG
+
+    def _scores(self, c0: int, c1: int) -> list[Tensor]:
+        """Memory for U, D and F of chunks c0 .. c1 - 1: that of X and Yt, if these are kept still, is done with."""
+        shape, kept = (c1 - c0, self.HV, CHUNK), []
+        if self.K == self.V and self._has_products(c0, c1):
+            X, Yt = self._products(c0, c1)
+            kept = [X.view(*shape, self.V), Yt]
+        widths = (self.V, CHUNK, CHUNK)[len(kept) :]
+        return [*kept, *(torch.empty(*shape, width, dtype=self.q.dtype, device=self.q.device) for width in widths)]
 
     def factors(self) -> tuple[Tensor | None, ...]:
         """Row factors of all chunks."""

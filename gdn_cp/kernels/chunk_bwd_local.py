@@ -254,22 +254,21 @@ def dk_kernel(
     store_rows(dk + (row * H + hk) * K, tl.trans(dk_t), 0, n_rows, H * K, K, BK, C)
 
 
-@triton.jit(do_not_specialize=["c0"])
+@triton.jit
 def gate_gradients_kernel(
-    dG, g, A_log, dt_bias, chunks, dg, parts, c0, stride_gt, stride_gh,
+    dG, g, A_log, dt_bias, chunks, dg, parts, stride_gt, stride_gh,
     HV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // HV and value head id % HV; dg, and parts [NT, 2, HV] of dA_log and ddt_bias."""
+    """One program: chunk id // HV and value head id % HV; dg, and parts [NT, 2, HV] of dA_log and ddt_bias."""
     pid = tl.program_id(0)
-    local = (pid // HV).to(tl.int64)
-    chunk = c0 + local
+    chunk = (pid // HV).to(tl.int64)
     hv = pid % HV
     i_c = tl.arange(0, C)
     n_rows = tl.where(tl.load(chunks + chunk * 4) < 0, 0, tl.load(chunks + chunk * 4 + 2))
     valid = i_c < n_rows
     at = tl.load(chunks + chunk * 4 + 1).to(tl.int64) + i_c
     # dG_C is in the last of the C rows also where the sequence ends earlier.
-    dG_i = tl.load(dG + (local * HV + hv) * C + i_c, mask=n_rows > 0, other=0.0)
+    dG_i = tl.load(dG + (chunk * HV + hv) * C + i_c, mask=n_rows > 0, other=0.0)
     dg_i = tl.where(valid, tl.cumsum(dG_i, 0, reverse=True), 0.0)
     if GATE:
         x = tl.load(g + at * stride_gt + hv * stride_gh, mask=valid, other=0.0).to(tl.float32)

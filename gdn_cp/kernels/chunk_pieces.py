@@ -36,7 +36,7 @@ COLUMNS_PER_PROGRAM = 16
 
 @triton.jit
 def _split(x):
-    """x as a sum of two numbers of 11 significant bits, all that a tf32 product reads; what is left is below 2^-22 x."""
+    """x as the sum of two numbers: a tf32 product reads 11 bits of each, which together lack less than 2^-21 x."""
     bits = x.to(tl.int32, bitcast=True)
     high = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
     return high, x - high

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from gdn_cp.kernels.bwd_slices import slice_chunks
 from gdn_cp.kernels.chunk_bwd import (
     chunk_gated_delta_rule_bwd,
     prepare_first_slice,
     segment_gradients,
-    slice_chunks,
     start_backward,
 )
 from gdn_cp.kernels.chunk_fwd import Walk

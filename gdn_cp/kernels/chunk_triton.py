@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels.backends import DeltaRuleCall
-from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd, slice_chunks
+from gdn_cp.kernels.bwd_slices import slice_chunks
+from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
 from gdn_cp.kernels.piece_plan import chain_plan

@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from gdn_cp.kernels.chunk_bwd import chain_columns, concurrent_pieces, slice_chunks, summary_chunks
+from gdn_cp.kernels.bwd_slices import chain_columns, concurrent_pieces, slice_chunks, summary_chunks
 from gdn_cp.kernels.configs import ChainLaunch, chain_config, multiprocessors
 
 PIECES_VARIABLE = "GDN_CP_PIECE_CHUNKS"
