@@ -83,7 +83,7 @@ def rule_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None.
 
-    With `lean` the backward takes less memory and a few more launches, see `chunk_bwd.slice_chunks`.
+    With `lean` the backward takes less memory and a few more launches, see `bwd_slices`.
     """
     (B, T, HV, V), K = v.shape, q.shape[3]
     q, k, v = even_rows(q), even_rows(k), even_rows(v)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,13 +242,13 @@ def test_gradient_of_q_in_its_own_memory():
     qkv = torch.randn(1, T, (2 * H + HV) * D, generator=draw).to(DEVICE)
     q, k, v = (x.unflatten(2, (-1, D)) for x in qkv.split([H * D, H * D, HV * D], 2))
     g, beta, do = (torch.randn(1, T, HV, *rest, generator=draw).to(DEVICE) for rest in ((), (), (D,)))
-    flags = {
+    flags: dict[str, Any] = {
         "scale": 0.25, "initial_state": None, "cu_seqlens": None, "use_qk_l2norm_in_kernel": True,
         "use_gate_in_kernel": False, "use_beta_sigmoid_in_kernel": True, "state_v_first": False, "A_log": None,
         "dt_bias": None,
     }  # fmt: skip
     _, _, *kept = chunk_triton.rule_forward(q, k, v, -g.abs(), beta, output_final_state=False, intra_card=0, **flags)
-    call = (do, None, q, k, v, -g.abs(), beta, *kept)
+    call: Any = (do, None, q, k, v, -g.abs(), beta, *kept)
     expected = chunk_triton.rule_backward(*call, need_dh0=False, piece_chunks=0, **flags)
     got = chunk_triton.rule_backward(*call, need_dh0=False, piece_chunks=0, overwrite_q=True, **flags)
     assert got[0].data_ptr() == q.data_ptr()
