@@ -45,8 +45,8 @@ def _split(x):
 @triton.jit
 def _product(x, m, added):
     """x m + added to float32's rounding by three products of tf32, whose sums do not wait for each other."""
-    x_high, x_low = _split(x)
-    m_high, m_low = _split(m)
+    x_high, x_low = _split(x)  # pyright: ignore[reportGeneralTypeIssues]
+    m_high, m_low = _split(m)  # pyright: ignore[reportGeneralTypeIssues]
     rest = tl.dot(x_low, m_high, input_precision="tf32")
     other = tl.dot(x_high, m_low, input_precision="tf32")
     return tl.dot(x_high, m_high, added, input_precision="tf32") + (rest + other)
