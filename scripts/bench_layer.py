@@ -95,7 +95,7 @@ class Options:
     """Tokens of the batch that is compared with float64."""
     repeats: int = 7
     """Rounds of each timing."""
-    calls: int = 4
+    calls: int = 16
     """Calls in a row in each round."""
     shares: int = 12
     """Processes that compile flash-linear-attention's kernels ahead; 0: everything is compiled as it is met."""

@@ -1,7 +1,8 @@
 """Training on four GPUs against one: tensor, sequence and context parallelism at once, and every way to share CP 4.
 
-One world of four ranks runs all divisions, beside it a world of one runs the undivided job: a small hybrid model, of
-which every parameter's gradient is compared, and the first steps of the proxy, of which losses are.
+Each division runs in a world of four ranks, the undivided job in a world of one, all of them side by side, for most of
+the time goes into compiling: a small hybrid model, of which every parameter's gradient is compared, and the first steps
+of the proxy, of which losses are.
 """
 
 from __future__ import annotations
@@ -130,46 +131,38 @@ def small_gradients(small: TrainConfig, world_size: int) -> dict[str, Any]:
     return results
 
 
-def train_all(
-    rank: int, world_size: int, small: TrainConfig, proxy: TrainConfig, divisions: dict[str, ParallelConfig], out: str
-) -> dict[str, Any]:
-    """Of each division the small model's gradients in both precisions and the proxy's losses by step."""
-    from gdn_cp.training import loop, weights
+def train_division(
+    rank: int, world_size: int, small: TrainConfig, proxy: TrainConfig, parallel: ParallelConfig, out: str
+) -> dict[Any, Any]:
+    """The small model's gradients in both precisions and the proxy's losses by step."""
+    from gdn_cp.training import loop
     from gdn_cp.training.metrics import METRICS_FILE, read_steps
 
     no_file: Any = lambda *_, **__: None  # noqa: E731  (weights of 0.8 GB and a plot for each run)
     loop.export_weights = loop.plot_run = no_file
-    draw, drawn = weights._draw, {}
-
-    def draw_once(name: str, shape: list[int], model: ModelConfig, seed: int) -> Tensor | None:
-        """The proxy's 0.4 billion weights are the same in every division."""
-        if (name, tuple(shape), seed) not in drawn:
-            drawn[name, tuple(shape), seed] = draw(name, shape, model, seed)
-        return drawn[name, tuple(shape), seed]
-
-    weights._draw = draw_once
-    results: dict[str, Any] = {}
-    for name, parallel in divisions.items():
-        result: dict[Any, Any] = small_gradients(replace(small, parallel=parallel), world_size)
-        folder = Path(out) / name
-        loop.train(replace(proxy, parallel=parallel, run=replace(proxy.run, out=folder)))
-        result["losses"] = {step["step"]: step["loss"] for step in read_steps(folder / METRICS_FILE)}
-        result["a2a_sizes"] = {size for step in read_steps(folder / METRICS_FILE) for size in step["a2a_sizes"]}
-        results[name] = result
-        gc.collect()  # the wrappers of the model refer to each other
-    return results
+    result: dict[Any, Any] = small_gradients(replace(small, parallel=parallel), world_size)
+    gc.collect()  # the wrappers of the model refer to each other
+    loop.train(replace(proxy, parallel=parallel, run=replace(proxy.run, out=Path(out))))
+    steps = list(read_steps(Path(out) / METRICS_FILE))
+    result["losses"] = {step["step"]: step["loss"] for step in steps}
+    result["a2a_sizes"] = {size for step in steps for size in step["a2a_sizes"]}
+    return result
 
 
 def train_everywhere(
     small: TrainConfig, proxy: TrainConfig, out: Path, backend: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(results of one rank alone, results of each of four ranks), run side by side."""
-    with ThreadPoolExecutor(2) as pool:
-        alone, four = (
-            pool.submit(run_ranks, train_all, ranks, small, proxy, divisions, str(out), backend=backend, timeout=240)
+    """(results of one rank alone, results of each of four ranks, both by division), all run side by side."""
+    with ThreadPoolExecutor(1 + len(DIVISIONS)) as pool:
+        jobs = {
+            name: pool.submit(
+                run_ranks, train_division, ranks, small, proxy, parallel, str(out / name), backend=backend, timeout=240
+            )
             for ranks, divisions in ((1, ONE), (4, DIVISIONS))
-        )
-        return alone.result()[0]["one"], four.result()
+            for name, parallel in divisions.items()
+        }
+        results = {name: job.result() for name, job in jobs.items()}
+    return results["one"][0], [{name: results[name][rank] for name in DIVISIONS} for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
