@@ -121,7 +121,7 @@ def gated_delta_net_mixer(
     norm_eps: float = 1e-6,
     backend: str | None = None,
     intra_card: int | None = None,
-    truncate_states: bool = False,
+    truncate_states: bool | None = None,
 ) -> Tensor:
     """Mix the tokens of each sequence: from the input projection's output to the output projection's input.
 
@@ -148,8 +148,9 @@ def gated_delta_net_mixer(
         backend: implementation of the delta rule, see `gdn_cp.choose_backend`.
         intra_card: chunks of 64 tokens to a piece into which one card cuts a sequence, as for
             `gdn_cp.chunk_gated_delta_rule`; None chooses, 0 never cuts.
-        truncate_states: where states pass between ranks, let them end in segments over which they decay below a bound
-            (4.5e-5 of themselves), which saves their map; see `gdn_cp.kernels.segments.summarise_segments`.
+        truncate_states: where states pass between ranks, let them end where they have decayed below a bound (4.5e-5 of
+            themselves), which saves walks; see `gdn_cp.kernels.segments.summarise_segments`. None: in 16-bit dtypes,
+            whose own rounding is 2e-3 or 2e-4.
 
     Returns:
         [t, HV*V] in the dtype of `projected`. Padded rows are zero, whatever stands in them (NaN too), and have no
@@ -167,6 +168,7 @@ def gated_delta_net_mixer(
     check_parameters(projected, dims, conv1d_weight, conv1d_bias, A_log, dt_bias, out_norm_weight)
     check_eps(norm_eps)
     rule = replace(RULE, backend=backend, intra_card=check_intra_card(intra_card))
+    truncate_states = projected.element_size() == 2 if truncate_states is None else truncate_states
     size = 1 if group is None else group.size()
     rank = 0 if group is None else group.rank()
     a2a_size = choose_a2a_size(a2a_size, layout, dims, element_size=projected.element_size())
@@ -394,7 +396,7 @@ class GatedDeltaNet(nn.Module):
         backend: str | None = None,
         batch_first: bool = True,
         intra_card: int | None = None,
-        truncate_states: bool = False,
+        truncate_states: bool | None = None,
     ) -> Tensor:
         """Run the layer on this rank's rows.
 

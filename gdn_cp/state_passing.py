@@ -189,8 +189,9 @@ class PassingCall:
         assert maps is not None
         bounds, roles = self.table.cu_seqlens_tensor, self.routes.roles
         pending = begin_segment_backward(
-            inputs, self.options, bounds, roles, (tuple(kept), piece_chunks), entering, d_output, needed
-        )
+            inputs, self.options, bounds, roles, (tuple(kept), piece_chunks), entering, d_output, needed,
+            truncate=self.truncate,
+        )  # fmt: skip
         d_ext = pending.state_gradient(self.exchange.slots)
         leaving = self.exchange.backward(d_ext, maps, kernels=bool(kept), meanwhile=pending.prepare)
         del d_ext

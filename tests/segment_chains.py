@@ -39,10 +39,11 @@ def run_in_segments(
         rule = SegmentRule(inputs, options, cu_seqlens, parts, (0, len(parts)), truncate=truncate)
         laws, V = rule.summarise(), inputs.v.shape[3]
         maps = laws[..., V:]
-        entering = _compose(laws[..., :V], maps, chains, reverse=False)
+        entering = _compose(laws[..., :V], maps, chains, rule.kernels, reverse=False)
         o = rule.run(entering)
-        back = begin_segment_backward(inputs, options, cu_seqlens, parts, rule.kept(), entering, d_output, needed)
-        leaving = _compose(back.state_gradient(), maps, chains, reverse=True)
+        saved = rule.kept(), entering, d_output, needed
+        back = begin_segment_backward(inputs, options, cu_seqlens, parts, *saved, truncate=truncate)
+        leaving = _compose(back.state_gradient(), maps, chains, rule.kernels, reverse=True)
         return o, back.finish(leaving)
 
 
@@ -63,10 +64,10 @@ def links(chains: Chains, heads: int, reverse: bool, device: torch.device | str)
     return *tables, max(map(len, chains))
 
 
-def _compose(ext: Tensor, maps: Tensor, chains: Chains, *, reverse: bool) -> Tensor:
+def _compose(ext: Tensor, maps: Tensor, chains: Chains, kernels: bool, *, reverse: bool) -> Tensor:
     """What enters each segment, or with `reverse` the gradient of what leaves it; zero at the chain's begin (end)."""
     found = torch.empty(ext.shape, dtype=ext.dtype, device=ext.device)
     units, table, steps = links(chains, ext.shape[1], reverse, ext.device)
     flat = ext.flatten(0, 1), maps.flatten(0, 1)
-    merge_chains(*flat, units, table, found.flatten(0, 1), steps=steps, transpose=reverse)
+    merge_chains(*flat, units, table, found.flatten(0, 1), steps=steps, transpose=reverse, kernels=kernels)
     return found

@@ -187,7 +187,9 @@ def start_backward(
 
 
 @launches
-def segment_gradients(do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None, rows: int = 0) -> Tensor:
+def segment_gradients(
+    do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None, rows: int = 0, truncate: float | None = None
+) -> Tensor:
     """dS_ext [max(N, rows), HV, K, V] float32: the gradient before each segment that a state enters, zero behind it.
 
     Args:
@@ -195,8 +197,9 @@ def segment_gradients(do: Tensor, run: Slices, roles: Tensor, sums: Tensor | Non
         run: what that returned.
         roles: int32 [N], see `chunk_pieces`; the rest of the result is not written.
         sums: the forward's summaries [NP, HV, K, V + K] where segments are cut into pieces.
+        truncate: the sum of gates below which a state is lost.
     """
-    summaries = run.summarise(None, False, roles, rows=rows if sums is None else 0)
+    summaries = run.summarise(None, False, roles, rows if sums is None else 0, truncate)
     if sums is None:
         return summaries
     return whole_gradients(summaries, sums, run.tables.pieces, roles, rows)
@@ -246,7 +249,10 @@ class Slices:
         starts = range(0, max(NT, 1), size)
         return [(index, c0, min(c0 + size, NT)) for index, c0 in reversed(list(enumerate(starts)))]
 
-    def summarise(self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None, rows: int = 0) -> Tensor:
+    def summarise(
+        self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None, rows: int = 0,
+        truncate: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """The gradient [max(NP, rows), HV, K, V] of the state before each piece, from that behind it: zero, `dht` for
         last pieces.
 
@@ -257,7 +263,7 @@ class Slices:
         size = summary_chunks(self.tables.num_chunks, self.HV, self.K, self.q.element_size())
         for index, c0, c1 in self.bounds(size):
             absent = [None] * 3  # states of the forward
-            self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 5, summaries, state_v_first)
+            self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 5, summaries, state_v_first, truncate)
         return summaries
 
     def chains(
@@ -280,7 +286,7 @@ class Slices:
 
     def _walk(
         self, index: int, c0: int, c1: int, states: tuple[Tensor | None, ...], results: tuple[Any, ...],
-        summaries: Tensor | None, state_v_first: bool,
+        summaries: Tensor | None, state_v_first: bool, truncate: float | None = None,
     ) -> None:  # fmt: skip
         q, k, v, do, tables = self.q, self.k, self.v, self.do, self.tables
         X, Yt = self._products(c0, c1)
@@ -290,7 +296,7 @@ class Slices:
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
             self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index, c1 - c0),
             *results, summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,
-            SUMMARY=summaries is not None, **options, **self.constants,
+            SUMMARY=summaries is not None, TRUNCATE=truncate, **options, **self.constants,
         )  # fmt: skip
 
     def prepare(self, c0: int, c1: int) -> None:
@@ -446,6 +452,7 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
     ):
         block_v, options = _options(config)
         given = constants | {"BV": block_v, "STAGES": options["STAGES"], "SUMMARY": name.startswith("summary")}
+        given["TRUNCATE"] = -10.0 if name.startswith("summary") else None
         given = {n: x for n, x in (given | dict.fromkeys(absent.split())).items() if n in kernel.arg_names}
         tokens, states = [CHUNK, block_v], [dim, block_v]
         blocks = {"v": tokens, "do": tokens, "U": tokens, "M": tokens, "W": tokens, "h": states, "dh": states}

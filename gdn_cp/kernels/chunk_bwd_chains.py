@@ -27,6 +27,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from gdn_cp.kernels.chunk_fwd import first_end
+
 
 @triton.jit
 def load_rows(base, i_d, n_rows, stride, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr):
@@ -218,8 +220,8 @@ def chains_kernel(
     carry_out, h, dh, M, dv, dh0, summaries, scale, c0, c1, total_chunks,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, PRECISION: tl.constexpr,
-    STAGES: tl.constexpr,
+    C: tl.constexpr, V_FIRST: tl.constexpr, TMA: tl.constexpr, SUMMARY: tl.constexpr, TRUNCATE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One program: one direction (program id odd: gradients), BV columns of the state, one value head, one piece.
 
@@ -234,7 +236,8 @@ def chains_kernel(
     that is not the first of its sequence, and the gradient at the end of each that is not the last. With SUMMARY, all
     programs walk the gradients of pieces that are not the first, from zero unless the last, into `summaries`. Of a
     sequence that a state enters from elsewhere (`roles`, see `chunk_pieces`) the first piece is walked too; with
-    `roles`, nothing is walked of the others.
+    `roles`, nothing is walked of the others. With TRUNCATE such a walk begins, from zero, where the gates of the chunks
+    before it sum to less than that number.
     """
     NV: tl.constexpr = (V + BV - 1) // BV
     WALKS: tl.constexpr = 1 if SUMMARY else 2
@@ -246,6 +249,9 @@ def chains_kernel(
     seq = tl.load(piece)
     piece_first = tl.load(piece + 1)
     piece_count = tl.load(piece + 2)
+    if TRUNCATE is not None:
+        # An unused entry of the table has a sequence of -1 and anything else.
+        piece_count = first_end(G, piece_first.to(tl.int64), tl.where(seq < 0, 0, piece_count), hv, TRUNCATE, HV)
     piece_end = piece_first + piece_count
     is_first = tl.load(piece + 5) != 0
     is_last = tl.load(piece + 6) != 0

@@ -69,6 +69,44 @@ def _row_factors(
     return G, G_last, beta, rk, rq
 
 
+@triton.jit
+def last_start(G_ptr, chunk, steps, hv, threshold, HV: tl.constexpr):
+    """The last of `steps` chunks from `chunk` on, from which to their end the gates sum to less than `threshold`; -1
+    where there is none. For sums of -3 -4 -5 -4 and -8 it is 2."""
+    i = tl.arange(0, 256)
+    start = tl.full((), -1, tl.int32)
+    behind = 0.0
+    left = steps
+    while (left > 0) & (start < 0):
+        step = left - 256 + i
+        ends = G_ptr + ((chunk + step) * HV + hv) * 64 + 63
+        gates = tl.load(ends, mask=step >= 0, other=0.0)
+        # Ends of earlier chunks are masked, so zeros stand before the first.
+        lost = (behind + tl.cumsum(gates, 0, reverse=True) < threshold) & (step >= 0)
+        start = tl.max(tl.where(lost, step, -1), 0)
+        behind += tl.sum(gates, 0)
+        left -= 256
+    return start
+
+
+@triton.jit
+def first_end(G_ptr, chunk, steps, hv, threshold, HV: tl.constexpr):
+    """The least number of chunks from `chunk` on whose gates sum to less than `threshold`; `steps` where none do. For
+    sums of -4 -5 -4 -3 and -8 it is 2."""
+    i = tl.arange(0, 256)
+    end = steps
+    before = 0.0
+    done = tl.zeros((), tl.int32)
+    while (done < steps) & (end == steps):
+        ends = G_ptr + ((chunk + done + i) * HV + hv) * 64 + 63
+        gates = tl.load(ends, mask=done + i < steps, other=0.0)
+        lost = (before + tl.cumsum(gates, 0) < threshold) & (done + i < steps)
+        end = tl.min(tl.where(lost, done + i + 1, steps), 0)
+        before += tl.sum(gates, 0)
+        done += 256
+    return end
+
+
 @triton.jit(do_not_specialize=["slice_chunks"])
 def _chain_kernel(
     q_ptr, k_ptr, v_ptr, X_ptr, Yt_ptr, G_ptr, bt_ptr, rq_ptr, rk_ptr, pieces_ptr, roles_ptr, initial_ptr, starts_ptr,
@@ -83,8 +121,8 @@ def _chain_kernel(
     """Program (piece p, value head hv, column block b), b fastest.
 
     With SUMMARY, the columns of block b come from S_ext for b < V / BV and from M above, into sums [NP, HV, K, V + K].
-    `roles` [N] say which sequences are continued elsewhere (`chunk_pieces`); None: none. With TRUNCATE, M is zero where
-    the gates of the piece sum to less than that number, and is not walked.
+    `roles` [N] say which sequences are continued elsewhere (`chunk_pieces`); None: none. With TRUNCATE, S_ext is walked
+    from the last chunk on from which the gates sum to less than that number, from zero; where there is one, M is zero.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     BLOCKS: tl.constexpr = V_BLOCKS + ((K + BV - 1) // BV if SUMMARY else 0)
@@ -128,15 +166,15 @@ def _chain_kernel(
     if SUMMARY:
         if block >= V_BLOCKS:
             S = tl.where(d[:, None] == (e - V_BLOCKS * BV)[None, :], 1.0, 0.0)
-            if TRUNCATE is not None:
-                decay_sum = 0.0
-                for first_step in range(0, steps, 64):
-                    there = first_step + i < steps
-                    last_rows = G_ptr + ((chunk + first_step + i) * HV + hv) * 64 + 63
-                    decay_sum += tl.sum(tl.load(last_rows, mask=there, other=0.0), 0)
-                if decay_sum < TRUNCATE:
-                    S = tl.zeros((BK, BV), tl.float32)
-                    steps = 0
+        if TRUNCATE is not None:
+            start = last_start(G_ptr, chunk, steps, hv, TRUNCATE, HV)
+            if start >= 0:
+                S = tl.zeros((BK, BV), tl.float32)
+                # Of M nothing is left to walk.
+                skipped = tl.where(block < V_BLOCKS, start, steps)
+                chunk += skipped
+                row += skipped * 64
+                steps -= skipped
 
     qk_mask = d[None, :] < K
     k_tile = k_ptr
@@ -276,7 +314,8 @@ class Walk:
     ) -> Tensor:
         """(S_ext | M) [max(NP, rows), HV, K, V + K] of the pieces whose law someone needs, first pieces from `initial`.
 
-        `roles` int32 [N]: see `chunk_pieces`. `truncate`: the sum of a piece's gates below which its M is zero.
+        `roles` int32 [N]: see `chunk_pieces`. `truncate`: the sum of gates below which a state is lost, a piece's M or
+        what stands in its S_ext before them.
         """
         rows = max(self.tables.num_pieces, rows)
         sums = self.v.new_empty(rows, self.HV, self.K, self.V + self.K, dtype=torch.float32)
@@ -301,7 +340,7 @@ class Walk:
     ) -> None:  # fmt: skip
         programs = self.tables.num_pieces * self.HV * blocks
         stages = self.config.num_stages
-        if sums is not None and truncate is None and programs > multiprocessors(self.v.device):
+        if sums is not None and programs > multiprocessors(self.v.device):
             stages = self.config.summary_stages or stages
         outputs = (o, final, sums, checkpoints)
         arguments = [*self.inputs, roles, initial, starts, *outputs, slice_chunks, *self.numbers]

@@ -109,9 +109,10 @@ class TritonSegmentsBackward:
     def __init__(
         self, inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor, roles: Tensor, scale: float,
         piece_chunks: int, kept: Kept, entering: Tensor, d_output: Tensor, needed: tuple[bool, ...],
+        truncate: float | None,
     ) -> None:  # fmt: skip
         self.inputs, self.options, self.cu_seqlens, self.roles, self.scale = inputs, options, cu_seqlens, roles, scale
-        self.entering, self.needed, self.piece_chunks = entering, needed, piece_chunks
+        self.entering, self.needed, self.piece_chunks, self.truncate = entering, needed, piece_chunks, truncate
         G, bt, rq, rk, Ag, self.checkpoints, self.starts, self.sums = kept
         assert G is not None
         assert bt is not None
@@ -127,7 +128,7 @@ class TritonSegmentsBackward:
     def state_gradient(self, slots: int = 0) -> Tensor:
         """dS_ext [max(n, slots), HV, K, V]: the gradient before each segment that a state enters, if that behind it is
         zero."""
-        return segment_gradients(self.do, self.slices, self.roles, self.sums, rows=slots)
+        return segment_gradients(self.do, self.slices, self.roles, self.sums, slots, self.truncate)
 
     def prepare(self) -> None:
         """Launch what `finish` begins with, which needs no gradient of a state."""

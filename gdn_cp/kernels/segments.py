@@ -121,7 +121,7 @@ def summarise_segments(
         truncate: set M to zero for each (segment, head) whose decay e^(sum of g) is below `TRUNCATION_THRESHOLD`. It
             changes S_out by no more than e^(sum of g) * |S_in| (2-norm) if 0 <= beta |k|^2 <= 2 for every token, which
             unit keys and beta in (0, 1) guarantee; where that does not hold, leave it off. On a CPU a call whose every
-            M is zero does not compute them.
+            M is zero does not compute them. (Triton's kernels begin S_ext too where what came before is lost so.)
 
     Not differentiable: the gradient of the state is passed on by `gdn_cp.kernels.merge`.
 
@@ -326,6 +326,8 @@ def begin_segment_backward(
     entering: Tensor,
     d_output: Tensor,
     needs_grad: tuple[bool, ...],
+    *,
+    truncate: bool = False,
 ) -> RuleBackward | TritonSegmentsBackward:
     """The backward of what `SegmentRule` did, in two halves: `state_gradient()`, then `finish(gradients of states)`.
 
@@ -339,8 +341,9 @@ def begin_segment_backward(
 
     scale = checked_scale(options.scale, inputs.q.shape[-1])
     return TritonSegmentsBackward(
-        inputs, options, cu_seqlens, roles, scale, piece_chunks, tensors, entering, d_output, needs_grad
-    )
+        inputs, options, cu_seqlens, roles, scale, piece_chunks, tensors, entering, d_output, needs_grad,
+        math.log(TRUNCATION_THRESHOLD) if truncate else None,
+    )  # fmt: skip
 
 
 def _backend(inputs: TokenInputs, options: RuleOptions, cu_seqlens: Tensor) -> str:

@@ -113,7 +113,7 @@ class GatedDeltaNet(MegatronModule):
         backend: str | None = None,
         a2a_size: A2aSize = "largest",
         intra_card: int | None = None,
-        truncate_states: bool = False,
+        truncate_states: bool | None = None,
     ) -> None:
         super().__init__(config)
         if pg_collection is None:

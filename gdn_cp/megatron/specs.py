@@ -48,7 +48,7 @@ def get_gdn_layer_spec(
     backend: str | None = None,
     a2a_size: A2aSize = "largest",
     intra_card: int | None = None,
-    truncate_states: bool = False,
+    truncate_states: bool | None = None,
     experts: bool = True,
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet in place of self-attention.
@@ -101,7 +101,7 @@ def get_hybrid_block_spec(
     backend: str | None = None,
     a2a_size: A2aSize = "largest",
     intra_card: int | None = None,
-    truncate_states: bool = False,
+    truncate_states: bool | None = None,
     vp_stage: int | None = None,
     pp_rank: int | None = None,
     transformer_engine: bool = False,

@@ -75,7 +75,7 @@ def gdn_layer_spec(
     backend: str | None = None,
     a2a_size: A2aSize = "largest",
     intra_card: int | None = None,
-    truncate_states: bool = False,
+    truncate_states: bool | None = None,
     experts: bool = True,
 ) -> ModuleSpec:
     """A transformer layer with Gated DeltaNet, as `gdn_cp.megatron.get_gdn_layer_spec`, of TE modules.

@@ -81,8 +81,9 @@ class ParallelConfig:
     intra_card: int | None = None
     """Chunks of 64 tokens to a piece into which one GPU cuts a sequence to work on several at once. 0: never cut.
     Default: cut where the GPU would be idle."""
-    truncate_states: bool = False
-    """Let states that are passed between ranks end in segments over which they decay below 4.5e-5 of themselves."""
+    truncate_states: bool | None = None
+    """Let states that are passed between ranks end where they have decayed below 4.5e-5 of themselves. Default: in
+    16-bit dtypes."""
     sequence_parallel: bool = False
     """Split norms and residuals by sequence over the tensor-parallel ranks."""
 

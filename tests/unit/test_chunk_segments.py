@@ -10,7 +10,13 @@ from torch import Tensor
 
 from gdn_cp.kernels import chunk_bwd, chunk_segments
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
-from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs
+from gdn_cp.kernels.segments import (
+    TRUNCATION_THRESHOLD,
+    RuleOptions,
+    SegmentRule,
+    TokenInputs,
+    begin_segment_backward,
+)
 from tests.segment_chains import bounds, roles, run_in_segments
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,21 +80,33 @@ def test_slices_of_the_backward_cut_through_segments(monkeypatch):
     assert_equal_to_recurrence(inputs, chains, OPTIONS)
 
 
-def test_truncated_maps_are_zero_and_others_the_same():
-    """Heads that lose more than 10 nats in a segment have M = 0; S_ext and the M of others keep their bits."""
-    chains = ((64, 64, 64),)
-    inputs = make_inputs(192, H=2)
-    inputs = replace(inputs, A_log=torch.tensor([-6.0, 3.0], device=DEVICE))
+@pytest.mark.parametrize("pieces", [0, 4])
+def test_truncated_maps_are_zero_and_walks_begin_where_nothing_before_counts(pieces):
+    """Heads that forget nothing keep their bits; others miss at most 4.5e-5 of the state there, which is at most the
+    sum of all |v| (of all scale |dO| for gradients), since keys and queries have length one and beta is below one."""
+    chains, options = ((320, 320, 320),), replace(OPTIONS, intra_card=pieces)
+    inputs = make_inputs(960, H=2, HV=4)
+    inputs = replace(inputs, A_log=torch.tensor([-12.0, -2.5, -1.0, 3.0], device=DEVICE))
     cu_seqlens, parts = bounds(chains, DEVICE), roles(chains, DEVICE)
-    laws = []
+    d_output = torch.randn(inputs.v.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    found, needed = [], (True,) * 7
     for truncate in (False, True):
-        rule = SegmentRule(inputs, OPTIONS, cu_seqlens, parts, (0, 3), truncate=truncate)
-        laws.append(rule.summarise().split((32, 16), -1))
-    (whole_ext, whole_map), (cut_ext, cut_map) = laws
-    assert torch.equal(whole_ext[:2], cut_ext[:2])
-    assert torch.equal(whole_map[1, 0], cut_map[1, 0])
-    assert whole_map[1, 1].any()
-    assert not cut_map[1, 1].any()
+        rule = SegmentRule(inputs, options, cu_seqlens, parts, (0, 3), truncate=truncate)
+        ext, maps = rule.summarise().split((32, 16), -1)
+        rule.run(torch.zeros_like(ext))
+        rest = (rule.kept(), torch.zeros_like(ext), d_output, needed)
+        back = begin_segment_backward(inputs, options, cu_seqlens, parts, *rest, truncate=truncate)
+        found.append((ext[:2], maps[1], back.state_gradient()[1:3]))
+    for whole, cut, size in zip(*found, (inputs.v, None, d_output / 4), strict=True):
+        kept = whole[..., 0, :, :]
+        assert torch.equal(kept, cut[..., 0, :, :])
+        difference = (whole - cut)[..., 1:, :, :].norm(dim=(-2, -1)).amax()
+        assert difference > 0  # something was cut
+        if size is not None:
+            assert difference < TRUNCATION_THRESHOLD * size.norm(dim=-1).sum(1).amax()
+    (_, whole_maps, _), (_, cut_maps, _) = found
+    assert whole_maps[1:3].flatten(1).any(1).all()
+    assert not cut_maps[2:].any()
 
 
 def test_equal_bits_on_repetition():
