@@ -289,7 +289,7 @@ class Slices:
         summaries: Tensor | None, state_v_first: bool, truncate: float | None = None,
     ) -> None:  # fmt: skip
         q, k, v, do, tables = self.q, self.k, self.v, self.do, self.tables
-        X, Yt = self._products(c0, c1)
+        X, Yt = self._products(c0, c1, states[0], truncate)
         bv, options = _options(self.config.chains)
         directions = 2 if summaries is None else 1
         run_kernel(chains_kernel, directions * tables.num_pieces * self.HV * cdiv(self.V, bv),
@@ -307,23 +307,29 @@ class Slices:
     def _has_products(self, c0: int, c1: int) -> bool:
         return self.products is not None and self.prepared_slice[0] <= c0 and c1 <= self.prepared_slice[1]
 
-    def _products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
+    def _products(
+        self, c0: int, c1: int, roles: Tensor | None = None, truncate: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """X and Yt of chunks c0 .. c1 - 1; those of a whole batch are kept if they are few, for summaries need them and
-        the walks after them too."""
+        the walks after them too. Else those of a summary are made where it goes, as `roles` and `truncate` say."""
         few = self.HV * CHUNK * (self.K + CHUNK) * self.q.element_size() * (c1 - c0) <= SLICE_BYTES // 2
         if c1 - c0 == self.tables.num_chunks and few:
             self.prepare(c0, c1)
         if not self._has_products(c0, c1):
-            return self._multiply(c0, c1)
+            whole = self.tables.num_pieces == self.tables.num_sequences
+            return self._multiply(c0, c1, roles, truncate if whole else None)
         assert self.products is not None
         first = self.prepared_slice[0]
         X, Yt = self.products
         return X[c0 - first : c1 - first], Yt[c0 - first : c1 - first]
 
-    def _multiply(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
+    def _multiply(
+        self, c0: int, c1: int, roles: Tensor | None = None, truncate: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         X, Yt = prepare_products(
-            self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0
-        )
+            self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0,
+            roles=roles, truncate=truncate,
+        )  # fmt: skip
         assert Yt is not None
         return X, Yt
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gdn_cp.kernels.chunk_fwd import first_end
+from gdn_cp.kernels.decay_triton import first_end
 
 
 @triton.jit

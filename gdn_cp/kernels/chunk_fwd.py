@@ -42,6 +42,7 @@ from gdn_cp.kernels.configs import (
     multiprocessors,
     options,
 )
+from gdn_cp.kernels.decay_triton import last_start
 from gdn_cp.kernels.tables import ChunkTables, dense
 from gdn_cp.launch import describe, run_kernel
 
@@ -67,44 +68,6 @@ def _row_factors(
         if not SUMMARY:
             rq = tl.load(rq_ptr + (c * H + h) * 64 + i, mask=present & (i >= 0), other=0.0)
     return G, G_last, beta, rk, rq
-
-
-@triton.jit
-def last_start(G_ptr, chunk, steps, hv, threshold, HV: tl.constexpr):
-    """The last of `steps` chunks from `chunk` on, from which to their end the gates sum to less than `threshold`; -1
-    where there is none. For sums of -3 -4 -5 -4 and -8 it is 2."""
-    i = tl.arange(0, 256)
-    start = tl.full((), -1, tl.int32)
-    behind = 0.0
-    left = steps
-    while (left > 0) & (start < 0):
-        step = left - 256 + i
-        ends = G_ptr + ((chunk + step) * HV + hv) * 64 + 63
-        gates = tl.load(ends, mask=step >= 0, other=0.0)
-        # Ends of earlier chunks are masked, so zeros stand before the first.
-        lost = (behind + tl.cumsum(gates, 0, reverse=True) < threshold) & (step >= 0)
-        start = tl.max(tl.where(lost, step, -1), 0)
-        behind += tl.sum(gates, 0)
-        left -= 256
-    return start
-
-
-@triton.jit
-def first_end(G_ptr, chunk, steps, hv, threshold, HV: tl.constexpr):
-    """The least number of chunks from `chunk` on whose gates sum to less than `threshold`; `steps` where none do. For
-    sums of -4 -5 -4 -3 and -8 it is 2."""
-    i = tl.arange(0, 256)
-    end = steps
-    before = 0.0
-    done = tl.zeros((), tl.int32)
-    while (done < steps) & (end == steps):
-        ends = G_ptr + ((chunk + done + i) * HV + hv) * 64 + 63
-        gates = tl.load(ends, mask=done + i < steps, other=0.0)
-        lost = (before + tl.cumsum(gates, 0) < threshold) & (done + i < steps)
-        end = tl.min(tl.where(lost, done + i + 1, steps), 0)
-        before += tl.sum(gates, 0)
-        done += 256
-    return end
 
 
 @triton.jit(do_not_specialize=["slice_chunks"])

@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import Launch, launches, options, power_of_2, prepare_config
+from gdn_cp.kernels.decay_triton import first_end
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
 from gdn_cp.launch import run_kernel
 
@@ -281,12 +282,15 @@ def _solve_kernel(
 
 @triton.jit(do_not_specialize=["first_chunk"])
 def _products_kernel(
-    q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, chunks_ptr, X_ptr, Yt_ptr,
+    q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, chunks_ptr, roles_ptr, X_ptr, Yt_ptr,
     first_chunk, scale, stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr,
-    NORM: tl.constexpr, STORE_RQ: tl.constexpr, WITH_Y: tl.constexpr, DOT: tl.constexpr,
+    NORM: tl.constexpr, STORE_RQ: tl.constexpr, WITH_Y: tl.constexpr, TRUNCATE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Program (chunk c, key head h): X and Yt of the value heads that share h.
+
+    With TRUNCATE those chunks are left out that a walk for the gradient before a sequence leaves out: of sequences that
+    no state enters (`roles`), and behind chunks whose gates sum to less than that number.
 
     The transpose of Y is computed, Yt = P^T + Ag^T P^T (Ag the strict lower part), so that the first operand of each
     product is a tile as it was loaded. Tensor-core operands in registers are miscompiled on Hopper, and a first operand
@@ -298,6 +302,15 @@ def _products_kernel(
     h = pid % H
     if tl.load(chunks_ptr + c * 4) < 0:
         return
+    if TRUNCATE is not None:
+        if (tl.load(roles_ptr + tl.load(chunks_ptr + c * 4)) & 1) == 0:
+            return
+        index = tl.load(chunks_ptr + c * 4 + 3)
+        last = index
+        for m in range(HV // H):
+            last = tl.maximum(last, first_end(G_ptr, c - index, index + 1, h * (HV // H) + m, TRUNCATE, HV))
+        if last == index:
+            return
     row = tl.load(chunks_ptr + c * 4 + 1).to(tl.int64)
     length = tl.load(chunks_ptr + c * 4 + 2)
     i = tl.arange(0, 64)
@@ -404,16 +417,24 @@ def prepare_products(
     with_y: bool = True,
     first_chunk: int = 0,
     num_chunks: int | None = None,
+    roles: Tensor | None = None,
+    truncate: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """X [num_chunks, HV, K, 64] and Yt [num_chunks, HV, 64, 64] of a range of chunks, from what the backward kept."""
+    """X [num_chunks, HV, K, 64] and Yt [num_chunks, HV, 64, 64] of a range of chunks, from what the backward kept.
+
+    With `truncate` only what a walk for the gradient before each sequence takes, truncated so; `roles` as there.
+    """
     count = tables.num_chunks - first_chunk if num_chunks is None else num_chunks
     launch = prepare_config(q.device, q.dtype, q.shape[3])
-    return _products(q, k, prepared, tables, scale, with_y, first_chunk, count, store_rq=False, launch=launch)
+    return _products(
+        q, k, prepared, tables, scale, with_y, first_chunk, count, store_rq=False, launch=launch, roles=roles,
+        truncate=truncate,
+    )  # fmt: skip
 
 
 def _products(
     q: Tensor, k: Tensor, prepared: Prepared, tables: ChunkTables, scale: float, with_y: bool, first_chunk: int,
-    num_chunks: int, *, store_rq: bool, launch: Launch,
+    num_chunks: int, *, store_rq: bool, launch: Launch, roles: Tensor | None = None, truncate: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     H, K = q.shape[2], q.shape[3]
     HV = prepared.G.shape[1]
@@ -421,12 +442,12 @@ def _products(
     Yt = torch.empty(num_chunks, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) if with_y else None
     if num_chunks:
         run_kernel(_products_kernel, num_chunks * H,
-            q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, X, Yt,
+            q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, roles, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             **options(
             launch.products_warps, launch.products_stages, H=H, HV=HV, K=K, BK=power_of_2(K),
             EPS=NORM_EPS, NORM=prepared.rk is not None,
-            STORE_RQ=store_rq, WITH_Y=with_y, DOT=launch.precision),
+            STORE_RQ=store_rq, WITH_Y=with_y, TRUNCATE=truncate, DOT=launch.precision),
         )  # fmt: skip
     return X, Yt
 
@@ -472,7 +493,7 @@ def _cases_for(kind: str, K: int, main: bool) -> list[CompileCase]:
             name=f"chunk_prepare.products/{kind}/K{K}",
             kernel=_products_kernel,
             signature=products | dict.fromkeys(product_strides, "i32"),
-            constexprs=heads | {"BK": K, "STORE_RQ": True, "WITH_Y": True},
+            constexprs=heads | {"BK": K, "STORE_RQ": True, "WITH_Y": True, "TRUNCATE": None, "roles_ptr": None},
             num_warps=launch.products_warps,
             num_stages=launch.products_stages,
             divisible=product_strides,
