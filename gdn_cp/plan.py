@@ -28,6 +28,8 @@ _COLUMNS = (
     "exchange us",
     "states us",
     "rule us",
+    "rows us",
+    "host us",
     "total us",
 )
 
@@ -46,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             kind=options.kind,
             element_size=options.element_size,
             machine=options.machine,
+            peers=options.peers,
         )
     except ValueError as error:
         print(f"gdn_cp.plan: {error}", file=sys.stderr)
@@ -71,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kind", default="zigzag", help="zigzag (default), contiguous or batched")
     parser.add_argument("--element-size", type=int, default=2, help="bytes of an activation (default 2)")
     parser.add_argument("--machine", default="default", help=f"one of {', '.join(machine_names())}, or a JSON file")
+    parser.add_argument("--peers", action="store_true", help="tokens move through peers' memory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -92,7 +96,7 @@ def _rows(made: Plan) -> list[list[str]]:
             rows.append([name, *["-"] * (len(_COLUMNS) - 1)])
             continue
         sizes = (p.exchange_bytes, p.state_bytes, p.halo_bytes, p.kept_bytes)
-        times = (p.exchange_us, p.state_us, p.rule_us, p.total_us)
+        times = (p.exchange_us, p.state_us, p.rule_us, p.rows_us, p.host_us, p.total_us)
         rows.append([name, *(f"{size / 1e6:.2f}" for size in sizes), *(f"{time:.0f}" for time in times)])
     return rows
 

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import tyro
 from bench_ranks import World, batch_lengths, join_world, leave, time_by_turns
 from kernel_cases import LIMIT, machine, relative_error, write_json
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from gdn_cp import GatedDeltaNet, ThdLayout, gated_delta_net_mixer
 from gdn_cp.comm.choice import possible_a2a_sizes
+from gdn_cp.comm.peer_vote import peer_memory
 from gdn_cp.comm.planner import plan
 
 WORST = 1.10  # the planner's choice over the best one
@@ -73,10 +75,12 @@ class Row:
         return self.measured_ms[self.chosen] / min(self.measured_ms.values())
 
 
-def step(layer: GatedDeltaNet, x: Tensor, weight: Tensor, layout: ThdLayout, world: World, a2a_size: int) -> Tensor:
+def step(
+    layer: GatedDeltaNet, x: Tensor, weight: Tensor, layout: ThdLayout, group: dist.ProcessGroup | None, a2a_size: int
+) -> Tensor:
     """Forward and backward of the mixer; the output."""
     arguments = layer.mixer_arguments()
-    out = gated_delta_net_mixer(x, **arguments, layout=layout, group=world.group, a2a_size=a2a_size)
+    out = gated_delta_net_mixer(x, **arguments, layout=layout, group=group, a2a_size=a2a_size)
     torch.autograd.grad(out, [x, *(p for p in arguments.values() if isinstance(p, Tensor))], weight)
     return out.detach()
 
@@ -91,9 +95,12 @@ def measure(layer: GatedDeltaNet, batch: tuple[int, int, bool], options: Options
     widths = dims.in_proj_dim, dims.num_v_heads * dims.head_v_dim
     x, weight = (torch.randn(layout.t_local, width, generator=draw, device=world.device).to(dtype) for width in widths)
     x.requires_grad_()
-    predicted = plan(layout.cu_seqlens, world.size, dims, element_size=x.element_size(), machine=options.machine)
+    peers = peer_memory(world.group, world.device) is not None
+    predicted = plan(
+        layout.cu_seqlens, world.size, dims, element_size=x.element_size(), machine=options.machine, peers=peers
+    )
     sizes = possible_a2a_sizes(world.size, dims.num_k_heads, dims.num_v_heads)
-    steps = {str(a): partial(step, layer, x, weight, layout, world, a) for a in sizes}
+    steps = {str(a): partial(step, layer, x, weight, layout, world.group, a) for a in sizes}
     outputs = {int(name): run() for name, run in steps.items()}
     found = world.greatest(relative_error(out, outputs[sizes[-1]]) for out in outputs.values())
     outputs.clear()
@@ -123,8 +130,7 @@ def main(options: Options) -> int:
     torch.manual_seed(0)
     layer = GatedDeltaNet(8, *options.heads, options.head_dim, options.head_dim, device=world.device, dtype=dtype)
     rows, status = [], 0
-    world.say("measured (predicted) milliseconds of the mixer's forward and backward by a2a_size;")
-    world.say("predictions leave out what is the same for every choice")
+    world.say("measured (predicted) milliseconds of the mixer's forward and backward by a2a_size")
     for batch in options.grid:
         row = measure(layer, batch, options, world)
         rows.append(row)

@@ -3,8 +3,9 @@
     torchrun --standalone --nproc-per-node 4 scripts/measure_machine.py --name h200
     torchrun --standalone --nproc-per-node 1 scripts/measure_machine.py --name h200    # the links stay as they are
 
-What one node cannot tell (the network between nodes, the ranks of a node where not all take part) is taken from the
-file to be replaced, or from `default`. Each coefficient is defined in `gdn_cp.comm.planner.Machine`.
+What is not measured here (the network between nodes, the ranks of a node where not all take part, peers' memory,
+bandwidth of memory, small kernels) is taken from the file to be replaced, or from `default`. Each coefficient is
+defined in `gdn_cp.comm.planner.Machine`.
 
 Dimensions: H query/key heads, HV value heads, P ranks.
 """
@@ -20,11 +21,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
+from bench_planner import step
 from bench_ranks import World, join_world, leave, time_by_turns
 from bench_segments import BOTH_ENDS, case_of
 from kernel_cases import machine
 from torch import Tensor
 
+from gdn_cp import GatedDeltaNet, ThdLayout
 from gdn_cp.comm import planner
 from gdn_cp.comm.planner import CHUNK, Machine, machine_names
 from gdn_cp.kernels.merge import merge_chains
@@ -119,6 +122,25 @@ def merge_milliseconds(options: Options, world: World) -> float:
     return time_by_turns({"merge": step}, world, options.repeats, calls=4)["merge"] / steps
 
 
+def host_milliseconds(options: Options, world: World) -> dict[str, float]:
+    """Forward and backward of the mixer on few rows, with which the device is done before the host: on one rank, with
+    an exchange of tokens by collectives, and with states."""
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    layer = GatedDeltaNet(8, *options.full_heads, options.dim, options.dim, device=world.device, dtype=dtype)
+    rows = 8 * CHUNK
+
+    def normal(width: int) -> Tensor:
+        return torch.randn(rows, width, device=world.device).to(dtype)
+
+    x, weight = normal(layer.dims.in_proj_dim).requires_grad_(), normal(options.full_heads[1] * options.dim)
+    alone, whole = (ThdLayout.zigzag([0, rows * ranks], ranks, device=world.device) for ranks in (1, world.size))
+    steps = {"alone": partial(step, layer, x, weight, alone, None, 1)}
+    if options.full_heads[0] % world.size == 0:
+        steps["exchange"] = partial(step, layer, x, weight, whole, world.group, world.size)
+    steps["states"] = partial(step, layer, x, weight, whole, world.group, 1)
+    return time_by_turns(steps, world, options.repeats, calls=4, warm_up=1)
+
+
 def measure(options: Options, before: Machine, world: World) -> Machine:
     """All coefficients; what cannot be measured here is as `before`."""
     size = (options.dim / DIM) ** 2
@@ -137,12 +159,14 @@ def measure(options: Options, before: Machine, world: World) -> Machine:
         return found
     latency = 1e3 * exchange_milliseconds(1024, world, options.repeats)
     large = 1e3 * exchange_milliseconds(options.exchange_bytes, world, options.repeats)
-    # In whole rounds of latency, the small copies around an exchange of states cost about as much as itself.
+    host = host_milliseconds(options, world)
     return replace(
         found,
         link_gb_per_s=options.exchange_bytes / max(large - latency, 1e-3) / 1e3,
         link_latency_us=latency,
-        state_launch_us=4 * latency,
+        host_us=1e3 * host["alone"],
+        host_exchange_us=1e3 * max(0.0, host.get("exchange", 0.0) - host["alone"]),
+        host_state_us=1e3 * max(0.0, host["states"] - host["alone"]),
     )
 
 

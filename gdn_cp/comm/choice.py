@@ -15,6 +15,7 @@ import torch.distributed as dist
 from gdn_cp.comm.cuts import Cut
 from gdn_cp.comm.groups import check_a2a_size, cp_groups
 from gdn_cp.comm.layout import ThdLayout
+from gdn_cp.comm.peer_vote import read_request
 from gdn_cp.comm.planner import HeadDims, plan
 
 A2aSize = int | Literal["auto", "largest"] | None
@@ -61,7 +62,8 @@ def choose_a2a_size(a2a_size: A2aSize, layout: ThdLayout | None, dims: HeadDims,
     made = _chosen.setdefault(layout, {})
     if key not in made:
         kind = _KINDS[layout._cut]
-        made[key] = plan(layout.cu_seqlens, size, dims, kind=kind, element_size=element_size).a2a_size
+        peers = layout.device.type == "cuda" and read_request() != "nccl"
+        made[key] = plan(layout.cu_seqlens, size, dims, kind=kind, element_size=element_size, peers=peers).a2a_size
     return made[key]
 
 

@@ -3,12 +3,15 @@
 For each a2a_size that divides cp_size and the heads it predicts, for one layer's forward and backward on the rank that
 has most to do,
 
-    exchange   4 all-to-alls of tokens in groups of a2a_size neighbours: bytes / bandwidth + latency
-    states     4 all-to-alls of states, the halo, launches and the steps of the longest chain; 0 where nothing is cut
+    exchange   4 moves of tokens in groups of a2a_size neighbours: bytes / bandwidth + latency
+    states     the collectives of states and of the halo, small kernels and the steps of the longest chain; 0 where
+               nothing is cut
     rule       the larger of all chunks of all heads at full occupancy, and the longest segment chunk by chunk, each
                with its share more where summaries are taken
+    rows       the convolution and the gated norm: bytes of this rank's rows / bandwidth of memory
+    host       what the host needs to launch all that, during which the device may have finished: a floor
 
-and takes the smallest sum, the larger a2a_size of equals. Whatever is equal for every choice (projections, norm) is
+and takes the smallest of max(exchange + states + rule + rows, host), the larger a2a_size of equals. The projections are
 left out. The answer depends on the arguments alone, so ranks that are given the same batch decide alike without any
 communication.
 
@@ -28,6 +31,7 @@ import numpy as np
 
 from gdn_cp.comm.cuts import Cut, Runs, check_cut, cut_batch
 from gdn_cp.comm.lengths import IntVector, read_cu_seqlens, read_size
+from gdn_cp.comm.state_gather import GATHER_BYTES
 
 CHUNK = 64  # tokens that the rule takes at a time
 STATE_BYTES = 4  # states travel and are kept in float32
@@ -74,12 +78,18 @@ class Machine:
         network_gb_per_s: the same to ranks of other nodes.
         link_latency_us: what a collective in a node takes without any bytes.
         network_latency_us: the same across nodes.
+        peer_gb_per_s: as `link_gb_per_s`, for tokens that move through peers' memory (`gdn_cp.comm.symmetric`).
+        peer_latency_us: what such a move takes without any bytes.
         chunk_head_us: the rule's time for a chunk of one value head with K = V = 128 where the device is full, forward
             and backward together.
         chain_chunk_us: the same for a chunk of one segment that has to wait for the chunk before.
         summary_share: what summaries add to both, as a share of them.
         merge_step_us: one step of composing a chain, forward and backward together.
-        state_launch_us: what states cost whatever their size, without latencies.
+        state_launch_us: what the small kernels of states take whatever their size, without latencies.
+        memory_gb_per_s: what the convolution and the norm read and write per second.
+        host_us: what the host takes to launch a mixer's forward and backward on one rank.
+        host_exchange_us: what it takes more for an exchange of tokens.
+        host_state_us: what it takes more for states and halo.
     """
 
     description: str
@@ -88,11 +98,17 @@ class Machine:
     network_gb_per_s: float
     link_latency_us: float
     network_latency_us: float
+    peer_gb_per_s: float
+    peer_latency_us: float
     chunk_head_us: float
     chain_chunk_us: float
     summary_share: float
     merge_step_us: float
     state_launch_us: float
+    memory_gb_per_s: float
+    host_us: float
+    host_exchange_us: float
+    host_state_us: float
 
     @classmethod
     def named(cls, name: str) -> Machine:
@@ -122,12 +138,14 @@ class Prediction:
     exchange_us: float = 0.0
     state_us: float = 0.0
     rule_us: float = 0.0
+    rows_us: float = 0.0
+    host_us: float = 0.0
     refusal: str | None = None
 
     @property
     def total_us(self) -> float:
-        """Exchange, states and rule, one after the other."""
-        return self.exchange_us + self.state_us + self.rule_us
+        """Exchange, states, rule and rows, one after the other, or the host if it takes longer."""
+        return max(self.exchange_us + self.state_us + self.rule_us + self.rows_us, self.host_us)
 
 
 @dataclass(frozen=True)
@@ -147,6 +165,7 @@ def plan(
     kind: str = "zigzag",
     element_size: int = 2,
     machine: str | Machine = "default",
+    peers: bool = False,
 ) -> Plan:
     """Choose `a2a_size` for a batch.
 
@@ -157,6 +176,7 @@ def plan(
         kind: how the batch is cut: "zigzag", "contiguous" (the flat buffer), or "batched" (each sequence contiguously).
         element_size: bytes of an activation, 2 for bfloat16.
         machine: the name of a stored kind, a JSON file, or a `Machine`. Give every rank the same.
+        peers: whether tokens that all ranks exchange move through peers' memory, if one node holds the ranks.
 
     Raises ValueError for boundaries that cannot be cut (as `ThdLayout` does), an unknown kind or machine.
 
@@ -170,9 +190,9 @@ def plan(
         raise ValueError(f"kind: got {kind!r}; choose one of {', '.join(map(repr, _CUTS))}")
     cu, ranks = read_cu_seqlens(cu_seqlens), read_size(cp_size, "cp_size")
     check_cut(_CUTS[kind], cu, ranks)
-    model = _Model(
-        cu, ranks, dims, _CUTS[kind], element_size, machine if isinstance(machine, Machine) else Machine.named(machine)
-    )
+    coefficients = machine if isinstance(machine, Machine) else Machine.named(machine)
+    peers = peers and ranks <= coefficients.ranks_per_node
+    model = _Model(cu, ranks, dims, _CUTS[kind], element_size, coefficients, peers)
     predictions = tuple(model.predict(a) for a in range(1, ranks + 1) if ranks % a == 0)
     best = min((p for p in predictions if p.refusal is None), key=lambda p: (p.total_us, -p.a2a_size))
     return Plan(best.a2a_size, _reason(best, predictions), predictions)
@@ -218,6 +238,7 @@ class _Model:
     cut: Cut
     element_size: int
     machine: Machine
+    peers: bool
 
     def predict(self, a2a_size: int) -> Prediction:
         d = self.dims
@@ -227,7 +248,8 @@ class _Model:
         at = _geometry(cut_batch(self.cut, self.cu, groups))
         heads = d.num_v_heads // a2a_size
         exchange = self._exchange_bytes(a2a_size)
-        state, kept = self._state_bytes(at, groups, heads)
+        gathered = self._gathers(at, groups, heads)
+        state, kept = (self._gathered_bytes if gathered else self._composed_bytes)(at, groups, heads)
         halo_columns = (2 * d.num_k_heads * d.head_k_dim + d.num_v_heads * d.head_v_dim) // a2a_size
         halo = int(2 * (d.conv_kernel - 1) * halo_columns * self.element_size * at.halo_rows.max(initial=0))
         return Prediction(
@@ -236,10 +258,30 @@ class _Model:
             state_bytes=state,
             halo_bytes=halo,
             kept_bytes=kept,
-            exchange_us=self._wire_us(exchange, a2a_size, collectives=4 if a2a_size > 1 else 0),
-            state_us=self._state_us(at, state + halo),
+            exchange_us=self._exchange_us(exchange, a2a_size),
+            state_us=self._state_us(at, state + halo, 4 if gathered else 6),  # 2 of the halo
             rule_us=self._rule_us(at, heads),
+            rows_us=self._rows_us(),
+            host_us=self._host_us(at, a2a_size),
         )
+
+    def _exchange_us(self, sent: int, a2a_size: int) -> float:
+        if a2a_size == 1:
+            return 0.0
+        if self.peers and a2a_size == self.ranks:
+            return sent / (self.machine.peer_gb_per_s * 1e3) + 4 * self.machine.peer_latency_us
+        return self._wire_us(sent, a2a_size, collectives=4)
+
+    def _rows_us(self) -> float:
+        """The convolution runs forward twice and backward once, the gated norm once each."""
+        d = self.dims
+        values = d.num_v_heads * d.head_v_dim
+        columns = 7 * (2 * d.num_k_heads * d.head_k_dim + values) + 8 * values
+        return int(self.cu[-1]) // self.ranks * columns * self.element_size / (self.machine.memory_gb_per_s * 1e3)
+
+    def _host_us(self, at: _Geometry, a2a_size: int) -> float:
+        m = self.machine
+        return m.host_us + (a2a_size > 1) * m.host_exchange_us + (at.steps > 0) * m.host_state_us
 
     def _exchange_bytes(self, a: int) -> int:
         """What a rank sends in the two all-to-alls of tokens, and again in the backward. z stays where it is."""
@@ -249,11 +291,25 @@ class _Model:
         tokens = int(self.cu[-1]) // self.ranks
         return 2 * tokens * (to_heads + back) * self.element_size * (a - 1) // a
 
-    def _state_bytes(self, at: _Geometry, groups: int, heads: int) -> tuple[int, int]:
+    def _matrices(self, heads: int) -> tuple[int, int]:
+        """Bytes of a segment's states and of its M."""
+        K, V = self.dims.head_k_dim, self.dims.head_v_dim
+        return heads * STATE_BYTES * K * V, heads * STATE_BYTES * K * K
+
+    def _gathers(self, at: _Geometry, groups: int, heads: int) -> bool:
+        """As `gdn_cp.state_exchange` decides."""
+        return groups * int(at.segments.max(initial=0)) * sum(self._matrices(heads)) <= GATHER_BYTES
+
+    def _gathered_bytes(self, at: _Geometry, groups: int, heads: int) -> tuple[int, int]:
+        """(sent, kept): all laws forward, all gradients of states backward, to every other rank. At most M of all."""
+        state, transfer = self._matrices(heads)
+        slots = int(at.segments.max(initial=0))
+        sent, kept = slots * (2 * state + transfer) * (groups - 1), slots * state + int(at.both.sum()) * transfer
+        return (sent, kept) if at.steps else (0, 0)
+
+    def _composed_bytes(self, at: _Geometry, groups: int, heads: int) -> tuple[int, int]:
         """(sent, kept): see docs/state_passing.md for the formulas."""
-        state, transfer = (
-            heads * STATE_BYTES * self.dims.head_k_dim * n for n in (self.dims.head_v_dim, self.dims.head_k_dim)
-        )
+        state, transfer = self._matrices(heads)
         as_member = (at.leaving + at.entering) * state + at.both * transfer
         # As a composer a rank has its share of all chains, and sends a state forward and a gradient back for each step.
         as_composer = 2 * int(at.entering.sum()) * state // groups
@@ -261,10 +317,10 @@ class _Model:
         kept = int(at.segments.max(initial=0)) * state + int(at.both.sum()) * transfer // groups
         return sent, kept if at.steps else 0
 
-    def _state_us(self, at: _Geometry, sent: int) -> float:
+    def _state_us(self, at: _Geometry, sent: int, collectives: int) -> float:
         if not at.steps:
             return 0.0
-        wire = self._wire_us(sent, self.ranks, collectives=6)  # 4 of states, 2 of the halo
+        wire = self._wire_us(sent, self.ranks, collectives=collectives)
         return wire + self.machine.state_launch_us + at.steps * self.machine.merge_step_us
 
     def _wire_us(self, sent: int, span: int, *, collectives: int) -> float:
@@ -321,9 +377,8 @@ def _reason(best: Prediction, predictions: tuple[Prediction, ...]) -> str:
     if not possible:
         return "; ".join([f"{words}: the only possible size", *refused])
     second = min(possible, key=lambda p: (p.total_us, -p.a2a_size))
-    parts = {
-        name: (getattr(best, f"{name}_us"), getattr(second, f"{name}_us")) for name in ("exchange", "state", "rule")
-    }
+    names = ("exchange", "state", "rule") if second.total_us > second.host_us else ("host",)
+    parts = {name: (getattr(best, f"{name}_us"), getattr(second, f"{name}_us")) for name in names}
     gain = max(parts, key=lambda name: parts[name][1] - parts[name][0])
     mine, other = parts[gain]
     text = (
