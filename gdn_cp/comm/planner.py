@@ -90,6 +90,7 @@ class Machine:
         host_us: what the host takes to launch a mixer's forward and backward on one rank.
         host_exchange_us: what it takes more for an exchange of tokens.
         host_state_us: what it takes more for states and halo.
+        host_composed_us: what it takes besides where chains are composed, not gathered.
     """
 
     description: str
@@ -109,6 +110,7 @@ class Machine:
     host_us: float
     host_exchange_us: float
     host_state_us: float
+    host_composed_us: float
 
     @classmethod
     def named(cls, name: str) -> Machine:
@@ -262,7 +264,7 @@ class _Model:
             state_us=self._state_us(at, state + halo, 4 if gathered else 6),  # 2 of the halo
             rule_us=self._rule_us(at, heads),
             rows_us=self._rows_us(),
-            host_us=self._host_us(at, a2a_size),
+            host_us=self._host_us(at, a2a_size, gathered),
         )
 
     def _exchange_us(self, sent: int, a2a_size: int) -> float:
@@ -279,9 +281,10 @@ class _Model:
         columns = 7 * (2 * d.num_k_heads * d.head_k_dim + values) + 8 * values
         return int(self.cu[-1]) // self.ranks * columns * self.element_size / (self.machine.memory_gb_per_s * 1e3)
 
-    def _host_us(self, at: _Geometry, a2a_size: int) -> float:
+    def _host_us(self, at: _Geometry, a2a_size: int, gathered: bool) -> float:
         m = self.machine
-        return m.host_us + (a2a_size > 1) * m.host_exchange_us + (at.steps > 0) * m.host_state_us
+        states = m.host_state_us + (not gathered) * m.host_composed_us
+        return m.host_us + (a2a_size > 1) * m.host_exchange_us + (at.steps > 0) * states
 
     def _exchange_bytes(self, a: int) -> int:
         """What a rank sends in the two all-to-alls of tokens, and again in the backward. z stays where it is."""

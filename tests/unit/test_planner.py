@@ -107,8 +107,8 @@ def test_peers_memory_moves_the_tokens_of_one_node():
 
 
 def test_several_nodes_take_the_exchange_inside_a_node():
-    # 32 ranks on 4 nodes, and enough sequences that one rank alone would send many states: only states between nodes.
-    chosen = plan([0, *accumulate([65536] * 16)], 32, replace(DIMS, num_k_heads=32), machine="h200")
+    # 32 ranks on 4 nodes, and so many sequences that one rank alone would send many states: only states between nodes.
+    chosen = plan([0, *accumulate([32768] * 32)], 32, replace(DIMS, num_k_heads=32), machine="h200")
     assert 1 < chosen.a2a_size <= 8
 
 
