@@ -43,7 +43,7 @@ def _split(x):
 
 
 @triton.jit
-def _product(x, m, added):
+def float32_product(x, m, added):
     """x m + added to float32's rounding by three products of tf32, whose sums do not wait for each other."""
     x_high, x_low = _split(x)  # pyright: ignore[reportGeneralTypeIssues]
     m_high, m_low = _split(m)  # pyright: ignore[reportGeneralTypeIssues]
@@ -112,7 +112,7 @@ def compose_kernel(
         M = maps_ptr + at * (K * MAP_WIDTH) + d[None, :] * along
         if BR >= K:
             factor = tl.load(M + r[:, None] * across, mask=(d[None, :] < K) & (r[:, None] < K) & has_map, other=0.0)
-            state = _product(state, factor, moved)
+            state = float32_product(state, factor, moved)
         else:
             tl.debug_barrier()
             for first in range(0, K, BR):
@@ -123,7 +123,7 @@ def compose_kernel(
                     mask=((first + r)[None, :] < K) & (e[:, None] < COLUMNS),
                     other=0.0,
                 )
-                moved = _product(part, factor, moved)
+                moved = float32_product(part, factor, moved)
             state = moved
     if whole_ptr is not None:
         whole = whole_ptr + (n * HV + hv) * (K * COLUMNS)

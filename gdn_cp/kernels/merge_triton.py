@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_cp.kernels.chunk_pieces import float32_product
 from gdn_cp.kernels.configs import cdiv, launches, options, power_of_2
 from gdn_cp.launch import run_kernel
 
@@ -34,10 +35,10 @@ def merge_kernel(
     """Program (chain, block of BV columns): the walk of `merge`, the state in registers.
 
     As in `chunk_pieces`, X is held transposed, [BV, K], and multiplied from the right: products of 16 rows run as
-    warp-level `mma`, which may take operands from registers; three of tf32 make one of float32. M, which waits for
-    nothing, is fetched some links ahead where it fits (BR >= K). Else X is read back by BR rows from `marks` [U, 2, K,
-    V], in two places by turns: one barrier lets every thread see what all have written, and says that all have read
-    what was there two links before. Each program of a chain copies a part of M to `kept`.
+    warp-level `mma`, which may take operands from registers. M, which waits for nothing, is fetched some links ahead
+    where it fits (BR >= K). Else X is read back by BR rows from `marks` [U, 2, K, V], in two places by turns: one
+    barrier lets every thread see what all have written, and says that all have read what was there two links before.
+    Each program of a chain copies a part of M to `kept`.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     SHARE: tl.constexpr = (K + BLOCKS - 1) // BLOCKS
@@ -70,7 +71,7 @@ def merge_kernel(
                 copied = tile & (keep >= 0) & (r[:, None] // SHARE == block)
                 copy = kept_ptr + keep * (K * K) + d[None, :] * kept_along + r[:, None] * kept_across
                 tl.store(copy, factor, mask=copied)
-            state = tl.dot(state, factor, moved, input_precision="tf32x3")
+            state = float32_product(state, factor, moved)
         else:
             mark = marks_ptr + (unit.to(tl.int64) * 2 + step % 2) * (K * V)
             tl.store(mark + own, state, mask=mask)
@@ -85,7 +86,7 @@ def merge_kernel(
                     tl.store(copy, factor, mask=copied)
                 within = (rows[None, :] < K) & (e[:, None] < V)
                 part = tl.load(mark + rows[None, :] * V + e[:, None], mask=within, other=0.0)
-                moved = tl.dot(part, factor, moved, input_precision="tf32x3")
+                moved = float32_product(part, factor, moved)
             state = moved
 
 
