@@ -78,5 +78,5 @@ def fused_states(
     options: RuleOptions,
 ) -> FusedStates | None:  # fmt: skip
     """State passing of a call on ranks that hold `heads` (value heads, K, V) each; None where nothing crosses ranks."""
-    rule = passing_call(options, layout, groups, heads)
+    rule = passing_call(options, layout, groups, heads, checked=True)  # the fused mixer serves no other calls
     return None if rule is None else FusedStates(rule, layout, groups, channels, taps)

@@ -161,18 +161,24 @@ Saved = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True, eq=False)
 class PassingCall:
-    """What one call of state passing needs besides its tensors. `passing_call` makes it."""
+    """What one call of state passing needs besides its tensors. `passing_call` makes it.
+
+    `checked`: whether it is known that Triton's kernels can serve the call.
+    """
 
     options: RuleOptions
     table: SegmentTable
     routes: StateRoutes
     exchange: StateExchange
     truncate: bool
+    checked: bool = False
 
     def forward(self, inputs: TokenInputs) -> tuple[Tensor, Saved, int]:
         """o [1, T, HV, V], and what `backward` has to be given: tensors, and the chunks of a piece. Records nothing."""
         bounds, routes = self.table.cu_seqlens_tensor, self.routes
-        rule = SegmentRule(inputs, self.options, bounds, routes.roles, routes.summarised, truncate=self.truncate)
+        rule = SegmentRule(
+            inputs, self.options, bounds, routes.roles, routes.summarised, truncate=self.truncate, checked=self.checked
+        )
         laws = rule.summarise(self.exchange.slots)
         entering, maps = self.exchange.forward(laws, inputs.v.shape[3], rule.kernels)
         del laws
@@ -199,14 +205,15 @@ class PassingCall:
 
 
 def passing_call(
-    options: RuleOptions, layout: ThdLayout, groups: CpGroups, heads: tuple[int, int, int], *, truncate: bool = False
-) -> PassingCall | None:
+    options: RuleOptions, layout: ThdLayout, groups: CpGroups, heads: tuple[int, int, int], *, truncate: bool = False,
+    checked: bool = False,
+) -> PassingCall | None:  # fmt: skip
     """Describe a call on ranks that hold `heads` (value heads, K, V) each; None where no sequence crosses ranks."""
     table = layout.segments(groups.a2a_size, groups.group_index)
     routes = state_routes(layout, groups.a2a_size, groups.group_index, heads[0])
     if not routes.travels:
         return None
-    return PassingCall(options, table, routes, state_exchange(layout, groups, *heads, routes), truncate)
+    return PassingCall(options, table, routes, state_exchange(layout, groups, *heads, routes), truncate, checked)
 
 
 class _StatePassing(torch.autograd.Function):

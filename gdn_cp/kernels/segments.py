@@ -258,6 +258,7 @@ class SegmentRule:
             elsewhere (`chunk_pieces.ENTERED`, `LEFT`); 0: a whole sequence.
         needed: the range [a, b) of segments outside which no summary is needed.
         truncate: see `summarise_segments`; Triton's kernels decide for each piece of a segment.
+        checked: whether the caller knows that Triton's kernels can serve the inputs, and wants them to.
 
     Nothing is recorded by autograd. Raises as `gdn_cp.chunk_gated_delta_rule`.
     """
@@ -271,11 +272,12 @@ class SegmentRule:
         needed: tuple[int, int],
         *,
         truncate: bool = False,
+        checked: bool = False,
     ) -> None:
         self.inputs, self.options, self.cu_seqlens, self.needed = inputs, options, cu_seqlens, needed
         self.truncate = truncate
         self._triton = None
-        if _backend(inputs, options, cu_seqlens) == "triton":
+        if checked or _backend(inputs, options, cu_seqlens) == "triton":
             from gdn_cp.kernels.chunk_segments import TritonSegments
 
             scale = checked_scale(options.scale, inputs.q.shape[-1])
