@@ -79,6 +79,7 @@ class SummaryRow:
     truncated_summary: float
     run: float
     gradient_summary: float
+    truncated_gradient_summary: float
     backward: float
 
 
@@ -138,9 +139,9 @@ def measure_summaries(heads: tuple[int, int], tokens: int, repeats: int) -> Summ
         entering = rules[0].summarise()[..., : inputs.v.shape[3]].contiguous()
         rules[0].run(entering)
 
-        def backward(summary: bool) -> object:
+        def backward(summary: bool, truncate: bool = False) -> object:
             parts = (rules[0].kept(), entering, d_output, needed)
-            begun = begin_segment_backward(inputs, options, cu_seqlens, roles, *parts)
+            begun = begin_segment_backward(inputs, options, cu_seqlens, roles, *parts, truncate=truncate)
             return begun.state_gradient() if summary else begun.finish(entering)
 
         times = [
@@ -151,6 +152,7 @@ def measure_summaries(heads: tuple[int, int], tokens: int, repeats: int) -> Summ
                 rules[1].summarise,
                 partial(rules[0].run, entering),
                 partial(backward, True),
+                partial(backward, True, True),
                 partial(backward, False),
             )
         ]
