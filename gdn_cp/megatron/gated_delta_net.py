@@ -111,7 +111,7 @@ class GatedDeltaNet(MegatronModule):
         cp_comm_type: str | None = None,
         pp_layer_offset: int | None = None,
         backend: str | None = None,
-        a2a_size: A2aSize = "largest",
+        a2a_size: A2aSize = "auto",
         intra_card: int | None = None,
         truncate_states: bool | None = None,
     ) -> None:

@@ -73,7 +73,7 @@ def gdn_layer_spec(
     engine: Engine,
     *,
     backend: str | None = None,
-    a2a_size: A2aSize = "largest",
+    a2a_size: A2aSize = "auto",
     intra_card: int | None = None,
     truncate_states: bool | None = None,
     experts: bool = True,

@@ -74,9 +74,9 @@ class ParallelConfig:
     """Tensor-parallel size."""
     cp: int = 1
     """Context-parallel size."""
-    a2a_size: int | Literal["auto", "largest"] | None = "largest"
+    a2a_size: int | Literal["auto", "largest"] | None = "auto"
     """Ranks of a context-parallel group that trade heads for tokens in the GDN layers, a divisor of cp; between them
-    states are passed. largest: as many as the heads allow; auto: the planner chooses for each pack; None: all cp
+    states are passed. auto: the planner chooses for each pack; largest: as many as the heads allow; None: all cp
     ranks."""
     intra_card: int | None = None
     """Chunks of 64 tokens to a piece into which one GPU cuts a sequence to work on several at once. 0: never cut.
