@@ -221,7 +221,10 @@ def test_bfloat16_gradients_err_as_on_one_gpu(trained, division):
 def test_proxy_has_the_losses_of_one_gpu(trained, division):
     one, four = trained
     parallel = DIVISIONS[division]
-    sizes = {parallel.cp if isinstance(parallel.a2a_size, str) else parallel.a2a_size}
-    assert four[0][division]["a2a_sizes"] == sizes
+    taken = four[0][division]["a2a_sizes"]
+    if isinstance(parallel.a2a_size, str):  # the planner's choice
+        assert all(parallel.cp % size == 0 for size in taken)
+    else:
+        assert taken == {parallel.a2a_size}
     assert len(one["losses"]) == PROXY.run.steps
     assert_close(four[0][division]["losses"], one["losses"], FIRST)
