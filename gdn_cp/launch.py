@@ -87,7 +87,9 @@ def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) 
         _described[key] = {name: value for name, value in vars(made).items() if name != "base"}
         return made
     made = object.__new__(TensorDescriptor)
-    vars(made).update(checked, base=x)
+    fields = vars(made)
+    fields.update(checked)
+    fields["base"] = x
     return made
 
 
@@ -101,20 +103,22 @@ def classify(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
     """(the class of each argument, what a compiled kernel is given for it); None if there is one of unknown type."""
     classes: list[Any] = []
     values: list[Any] = []
+    classify_as, give = classes.append, values.append  # every microsecond here is one for each launch
     for x in args:
         kind = x.__class__
-        if kind is Tensor or kind is torch.nn.Parameter:
-            address, dtype = x.data_ptr(), x.dtype
-            classes.append((dtype,) if address & 15 else dtype)
-            values.append(address)
-            continue
-        values.append(x)
         if kind is int:
-            classes.append(not x & 15 if 1 < x < 2**31 else (x,))
+            classify_as(not x & 15 if 1 < x < 2**31 else (x,))
+            give(x)
+        elif kind is Tensor or kind is torch.nn.Parameter:
+            address, dtype = x.data_ptr(), x.dtype
+            classify_as((dtype,) if address & 15 else dtype)
+            give(address)
         elif x is None or kind is float:
-            classes.append(kind)
+            classify_as(kind)
+            give(x)
         elif kind is TensorDescriptor:
-            classes.append((x.base.dtype, *x.block_shape))
+            classify_as((x.base.dtype, *x.block_shape))
+            give(x)
         else:
             return None
     return classes, values
