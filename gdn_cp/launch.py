@@ -21,6 +21,8 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gdn_cp.launch_bare import BareLauncher, bare_launcher
+
 KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
 """Versions of Triton whose compiled kernels take what `run_kernel` gives them."""
 
@@ -30,11 +32,11 @@ _direct = ".".join(triton.__version__.split(".")[:2]) in KNOWN_VERSIONS
 
 
 class _Compiled(NamedTuple):
-    """A compiled kernel as `JITFunction.run` calls it, and the constants that follow the arguments."""
+    """A compiled kernel, what launches it without Triton's wrappers if they are known, and the constants that follow
+    the arguments."""
 
-    run: Any
-    function: Any
-    metadata: Any
+    kernel: Any
+    bare: BareLauncher | None
     constants: tuple[Any, ...]
 
 
@@ -71,9 +73,13 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
     if found is None:
         _compile(kernel, programs, args, constants, entry[1], key)
         return
-    run, function, metadata, following = found
+    compiled, bare, following = found
     stream = driver.get_current_stream(device)
-    run(programs, 1, 1, stream, function, metadata, None, None, None, *values, *following)
+    values += following
+    if bare is not None:
+        bare(programs, stream, values)
+    else:  # as `JITFunction.run` does
+        compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
 def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
@@ -145,4 +151,4 @@ def _compile(
     if len(classes) >= MAX_CLASSES:
         classes.clear()
     following = tuple(constants.get(p.name, p.default) for p in rest)
-    classes[key] = _Compiled(compiled.run, compiled.function, compiled.packed_metadata, following)
+    classes[key] = _Compiled(compiled, bare_launcher(compiled), following)

@@ -3,6 +3,7 @@ gives the compiled kernel what Triton would. Nothing is compiled: a driver and c
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp import launch
 from gdn_cp.launch import classify, run_kernel
+from gdn_cp.launch_bare import KNOWN_VERSION, bare_launcher
 
 TARGET = GPUTarget("cuda", 90, 32)
 MEMORY = torch.zeros(64, dtype=torch.float64)
@@ -208,3 +210,40 @@ def test_classes_are_forgotten_when_there_are_too_many(driver, asked, monkeypatc
 
 class Special(Tensor):
     """A tensor that may do as it likes."""
+
+
+@pytest.mark.skipif(not triton.__version__.startswith(KNOWN_VERSION), reason="reaches into Triton 3.6 alone")
+def test_bare_launches_give_the_c_function_what_tritons_wrappers_give(driver):
+    from triton.backends.nvidia.driver import CudaLauncher, wrap_handle_tensordesc
+
+    made: list[Any] = []
+    driver.utils = SimpleNamespace(fill_tma_descriptor=lambda *args: made.append(args) or ("map", *args))
+    calls: list[tuple[Any, ...]] = []
+    meta = [{"swizzle": i, "elem_size": 2, "elem_type": 8, "block_size": [8, 16], "fp4_padded": False} for i in (1, 2)]
+    tile = "tensordesc<bf16[8, 16]>"
+    signature = {"a": "*bf16", "b": tile, "n": "i32", "c": tile, "S": "constexpr"}
+    wrapper: Any = object.__new__(CudaLauncher)
+    wrapper.launch = wrap_handle_tensordesc(lambda *args: calls.append(args), signature, meta)
+    wrapper.global_scratch_size = wrapper.profile_scratch_size = 0
+    wrapper.global_scratch_align = wrapper.profile_scratch_align = 1
+    wrapper.launch_cooperative_grid, wrapper.launch_pdl, wrapper.num_ctas = False, True, 1
+    compiled = SimpleNamespace(run=wrapper, function=77, packed_metadata=(4, 1))
+    bare = bare_launcher(compiled)
+    assert bare is not None
+    x = MEMORY.view(torch.bfloat16)
+    for skip, rows, fresh in ((0, 4, 2), (16, 3, 2), (0, 4, 0), (0, 3, 1)):
+        b, c = (TensorDescriptor(x[skip:], [n, 16], [16, 1], [8, 16]) for n in (rows, 2))
+        values = [1234, b, 5, c, 64]
+        wrapper(9, 1, 1, 100, 77, (4, 1), None, None, None, *values)
+        before = len(made)
+        bare(9, 100, values)
+        assert calls[-1] == calls[-2]
+        assert len(made) - before == fresh
+    wrapper.global_scratch_size = 8
+    assert bare_launcher(compiled) is None
+    wrapper.global_scratch_size, wrapper.launch = 0, lambda *args: None
+    assert bare_launcher(compiled) is None
+
+
+def test_other_launchers_are_left_alone():
+    assert bare_launcher(Compiled()) is None
