@@ -239,6 +239,7 @@ class Slices:
         self.dh: Tensor | None = None
         self.M: Tensor | None = None
         self.carries: Tensor | None = None
+        self.described: dict[tuple[int, int], TensorDescriptor] = {}  # by (id, width), of tensors that self holds
 
     def bounds(self, size: int = 0) -> list[tuple[int, int, int]]:
         """(index, first chunk, end) of each slice, last slice first; one empty slice where there is no chunk.
@@ -383,18 +384,26 @@ class Slices:
         return self.prepared.G, self.prepared.bt, self.prepared.rq, self.prepared.rk
 
     def tokens(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
-        """x [B, T, heads, D], for tiles of 64 rows and `width` columns: a descriptor, or x itself without TMA."""
+        """An input [B, T, heads, D], for tiles of 64 rows and `width` columns: a descriptor, or itself without TMA."""
         if not self.tma:
             return x
-        shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
-        return describe(x, shape, [x.stride(1), 1], [CHUNK, width])
+        made = self.described.get((id(x), width))
+        if made is None:
+            shape = [x.shape[0] * x.shape[1], x.shape[2] * x.shape[3]]
+            made = self.described[id(x), width] = describe(x, shape, [x.stride(1), 1], [CHUNK, width])
+        return made
 
     def matrices(self, x: Tensor, width: int) -> Tensor | TensorDescriptor:
         """x [.., R, D] contiguous, for tiles of R rows and `width` columns: a descriptor, or x itself without TMA."""
         if not self.tma:
             return x
-        rows, columns = x.shape[-2:]
-        return describe(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
+        made = self.described.get((id(x), width))
+        if made is None:
+            rows, columns = x.shape[-2:]
+            made = describe(x, [x.numel() // columns, columns], [columns, 1], [rows, width])
+            if x is self.h or x is self.dh or x is self.M:
+                self.described[id(x), width] = made
+        return made
 
 
 def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
