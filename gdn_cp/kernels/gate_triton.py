@@ -133,21 +133,23 @@ def sum_partials_kernel(
     partial, total, num_partials, share,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """total[j] = sum over i of partial[i, j] for BW columns j, in the order of i: blocks of ROWS, then one tree.
+    """sum over i of partial[i, j] for BW columns j, in the order of i: blocks of ROWS, then one tree.
 
-    With SHARES, column j of `total` is a place among the heads of all shares: for WIDTH = 4, HEADS = 2, SHARES = 2 and
-    share 1, the sums of columns 0 1 2 3 go to places 2 3 6 7, and the rest becomes 0.
+    With SHARES the sum of column j goes to its place among the heads of all shares, and 0 to the other shares' places:
+    for WIDTH = 4, HEADS = 2, SHARES = 2 and share 1, columns 0 1 2 3 go to 2 3 6 7. Only the stores know of that: loads
+    through computed places would be laid out after HEADS, and a head's sum would depend on how many there are.
     """
-    place = tl.program_id(0) * BW + tl.arange(0, BW)
-    head = place % (SHARES * HEADS)
-    m_w = (place < WIDTH * SHARES) & (head // HEADS == share)
-    o_w = place // (SHARES * HEADS) * HEADS + head % HEADS
+    o_w = tl.program_id(0) * BW + tl.arange(0, BW)
     o_r = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BW], tl.float32)
     for start in range(0, num_partials, ROWS):
-        mask = (start + o_r[:, None] < num_partials) & m_w[None, :]
+        mask = (start + o_r[:, None] < num_partials) & (o_w[None, :] < WIDTH)
         sums += tl.load(partial + (start + o_r[:, None]) * WIDTH + o_w[None, :], mask=mask, other=0.0)
-    tl.store(total + place, tl.sum(sums, axis=0).to(total.dtype.element_ty), mask=place < WIDTH * SHARES)
+    summed = tl.sum(sums, axis=0)
+    for other in tl.static_range(SHARES):
+        place = (o_w // HEADS * SHARES + other) * HEADS + o_w % HEADS
+        value = tl.where(other == share, summed, 0.0)
+        tl.store(total + place, value.to(total.dtype.element_ty), mask=o_w < WIDTH)
 
 
 def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32, shares: int = 1, share: int = 0) -> Tensor:
@@ -162,7 +164,7 @@ def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32, shares: in
         return total.zero_()
     block = 32  # whatever the width, so that a head's sum has the same order among few heads and among many
     run_kernel(
-        sum_partials_kernel, cdiv(width * shares, block), partial, total, partial.shape[0], share,
+        sum_partials_kernel, cdiv(width, block), partial, total, partial.shape[0], share,
         WIDTH=width, HEADS=heads, SHARES=shares, ROWS=64, BW=block, num_warps=4,
     )  # fmt: skip
     return total

@@ -120,6 +120,15 @@ def test_sum_of_partials_spans_many_blocks():
     assert not sum_partials(partial[:0]).any()
 
 
+@pytest.mark.parametrize(("heads", "shares", "share"), [(3, 1, 0), (5, 3, 2), (40, 2, 0)])
+def test_sums_go_to_their_place_among_the_heads_of_all_shares(heads, shares, share):
+    partial = torch.randn(70, 2, heads, device=DEVICE)
+    placed = sum_partials(partial, shares=shares, share=share).view(2, shares, heads)
+    assert torch.equal(placed[:, share], sum_partials(partial))
+    assert not placed[:, [other for other in range(shares) if other != share]].any()
+    assert not sum_partials(partial[:0], shares=shares, share=share).any()
+
+
 def test_no_tokens():
     g, A_log, dt_bias = make_inputs(1, 0, 4)
     leaves = [x.clone().requires_grad_() for x in (g, A_log, dt_bias)]
