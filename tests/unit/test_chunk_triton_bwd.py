@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import bwd_slices, chunk_bwd, chunk_triton, piece_plan
+from gdn_cp.kernels import chunk_bwd, chunk_triton, piece_plan
 from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 
@@ -207,33 +207,6 @@ def test_gradient_of_the_output_may_be_a_view():
         from_view = torch.autograd.grad(o, wanted, view, retain_graph=True)
         from_copy = torch.autograd.grad(o, wanted, view.contiguous(), retain_graph=True)
         assert all(torch.equal(x, y) for x, y in zip(from_view, from_copy, strict=True))
-
-
-def test_summaries_are_walked_in_longer_slices():
-    chunks = 1024
-    longer = bwd_slices.summary_chunks(chunks, HV=32, K=128)
-    assert longer > bwd_slices.slice_chunks(chunks, HV=32, K=128, V=128)
-    assert longer * 32 * 2 * 64 * (128 + 64) <= bwd_slices.SLICE_BYTES  # X and Y of every chunk and head
-    assert bwd_slices.summary_chunks(0, HV=32, K=128) == 1
-
-
-def test_slice_rule():
-    assert bwd_slices.slice_chunks(512, HV=4, K=128, V=128) == 0
-    chunks = 16384  # 1,048,576 tokens
-    length = bwd_slices.slice_chunks(chunks, HV=32, K=128, V=128)
-    # Per chunk and head, in bfloat16: two states, X and what follows it in the same memory, and U.
-    assert 0 < length * 32 * 2 * (2 * 128 * 128 + 64 * 128 + 64 * 128) <= bwd_slices.SLICE_BYTES
-    assert bwd_slices.slice_chunks(length, HV=32, K=128, V=128) == 0
-
-
-def test_lean_slices_halve_the_buffers_of_middling_batches():
-    """Qwen3-Next's heads among four ranks, 16,384 tokens: 256 chunks of 8 heads."""
-    assert bwd_slices.slice_chunks(256, 8, 128, 128) == 0
-    assert bwd_slices.slice_chunks(256, 8, 128, 128, 2, True) == 128
-    assert bwd_slices.slice_chunks(257, 8, 128, 128, 2, True) == 129  # a bound on the chunks of two sequences
-    assert bwd_slices.slice_chunks(64, 8, 128, 128, 2, True) == 0  # too small to matter
-    chunks = 16384
-    assert bwd_slices.slice_chunks(chunks, 32, 128, 128, 2, True) == bwd_slices.slice_chunks(chunks, 32, 128, 128)
 
 
 def test_gradient_of_q_in_its_own_memory():
