@@ -19,7 +19,13 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from gdn_cp.kernels.bwd_slices import SLICE_BYTES, chain_columns, concurrent_pieces, summary_chunks
+from gdn_cp.kernels.bwd_slices import (
+    SLICE_BYTES,
+    chain_columns,
+    concurrent_pieces,
+    slice_chunks,
+    summary_chunks,
+)
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
 from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, gate_gradients_kernel, scores_kernel
 from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
@@ -312,9 +318,12 @@ class Slices:
         self, c0: int, c1: int, roles: Tensor | None = None, truncate: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """X and Yt of chunks c0 .. c1 - 1; those of a whole batch are kept if they are few, for summaries need them and
-        the walks after them too. Else those of a summary are made where it goes, as `roles` and `truncate` say."""
-        few = self.HV * CHUNK * (self.K + CHUNK) * self.q.element_size() * (c1 - c0) <= SLICE_BYTES // 2
-        if c1 - c0 == self.tables.num_chunks and few:
+        the walks after them too, unless slices are small to save memory. Else those of a summary are made where it
+        goes, as `roles` and `truncate` say."""
+        count, size = c1 - c0, self.q.element_size()
+        few = self.HV * CHUNK * (self.K + CHUNK) * size * count <= SLICE_BYTES // 2
+        lean = self.size < count and not slice_chunks(count, self.HV, self.K, self.V, size)
+        if count == self.tables.num_chunks and few and not lean:
             self.prepare(c0, c1)
         if not self._has_products(c0, c1):
             whole = self.tables.num_pieces == self.tables.num_sequences

@@ -17,8 +17,7 @@ from gdn_cp.kernels.bwd_slices import LEAN_BYTES, slice_chunks
 
 T, H, HV, D = 16384, 4, 8, 128
 SLACK = 40 * 2**20
-# Of a chunk and head 24 KiB of products, kept for summaries of pieces, and 88 KiB of all that a slice needs besides.
-BUFFERS = HV * 2**10 * (24 * (T // 64) + 88 * slice_chunks(T // 64, HV, D, D, 2, True))
+BUFFERS = 112 * 2**10 * HV * slice_chunks(T // 64, HV, D, D, 2, True)  # a slice's states and products
 KEPT_BY_RULE = HV * (2 * 64 + 8) + H * 8  # a row of the inverses, gates, beta and norms
 
 
@@ -47,7 +46,7 @@ def measure(ranks: int, rank: int) -> tuple[int, int]:
 
 
 def test_bounds_tell_lean_slices_from_one():
-    whole = HV * 2**10 * (24 + 88) * (T // 64)
+    whole = 112 * 2**10 * HV * (T // 64)
     assert whole > LEAN_BYTES
     assert whole - BUFFERS > 2 * SLACK
 
