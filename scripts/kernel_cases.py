@@ -113,15 +113,22 @@ def run_with_gradients(
     """o, final state, and the gradient of every input for a fixed random linear loss."""
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     o, final = function(**leaves, **case.flags(), cu_seqlens=cu_seqlens)
-    generator = torch.Generator(o.device).manual_seed(case.seed + 1)
     outputs = {"o": o} if final is None else {"o": o, "final_state": final}
-    weights = []
-    for x in outputs.values():
-        dtype = case.dtype if x is o else torch.float32
-        weights.append(torch.randn(x.shape, device=x.device, generator=generator, dtype=dtype).to(x.dtype))
+    weights = [x.to(outputs[name].dtype) for name, x in loss_weights(outputs, case).items()]
     gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), weights, allow_unused=True)
     found = {f"d{name}": x for name, x in zip(leaves, gradients, strict=True) if x is not None}
     return {**{name: x.detach() for name, x in outputs.items()}, **found}
+
+
+def loss_weights(outputs: dict[str, Tensor], case: Case) -> dict[str, Tensor]:
+    """The random linear loss: the gradient of each output, "o" in the case's dtype, "final_state" in float32."""
+    generator = torch.Generator(outputs["o"].device).manual_seed(case.seed + 1)
+    return {
+        name: torch.randn(
+            x.shape, device=x.device, generator=generator, dtype=case.dtype if name == "o" else torch.float32
+        )
+        for name, x in outputs.items()
+    }
 
 
 def oracle(inputs: dict[str, Tensor], case: Case, cu_seqlens: Tensor | None) -> Results:

@@ -35,6 +35,8 @@ def test_check_compares_with_float64_and_writes_what_it_found(tmp_path: Path):
         "cpu",
         "--jobs",
         "1",
+        "--draws",
+        "2",
         "--no-fla",
         "--only",
         "K=16",
@@ -46,8 +48,23 @@ def test_check_compares_with_float64_and_writes_what_it_found(tmp_path: Path):
     assert content["machine"]["commit"] == "abc"
     (case,) = content["cases"]
     assert case["repeats"]
+    assert case["draws"] == 2
+    # A root mean square of two is between the larger one and that over the root of two.
+    assert all(case["largest"][name] / 1.5 < error <= case["largest"][name] for name, error in case["ours"].items())
     assert set(case["ours"]) >= {"o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dA_log", "ddt_bias"}
     assert max(case["ours"].values()) < content["limit"]
+
+
+def test_rounding_errors_add_up_by_squares(tmp_path: Path):
+    output = tmp_path / "roundings.json"
+    run("scripts/rounding_errors.py", "--tokens", "100", "--dims", "32", "48", "--output", str(output))
+    table = json.loads(output.read_text())["errors"]
+    everything, nothing = table.pop("all"), table.pop("none")
+    assert max(nothing.values()) < 1e-9
+    # Of sums over few tokens, dA_log and ddt_bias, the errors are few numbers: their squares add up on average only.
+    for name in ("o", "final_state", "dq", "dk", "dv", "dg", "dbeta", "dinitial_state"):
+        together = sum(row[name] ** 2 for row in table.values()) ** 0.5
+        assert 0.7 * together < everything[name] < 1.4 * together, name
 
 
 def test_bench_writes_rows_and_plot_draws_them(tmp_path: Path):
