@@ -1,6 +1,6 @@
 """The backward of the chunked delta rule: which kernels run, on which buffers, and how much memory they may take.
 
-    prepare_products -> chains (S and dS of every chunk, M) -> local gradients (everything else) -> sums over chunks
+    prepare_products -> chains (S and dS of every chunk, M) -> local gradients -> rows (dbeta, dg) -> sums over chunks
 
 The states and their gradients of all chunks are by far the largest buffers: 4 K V bytes for each chunk and value head,
 in a 16-bit type. So a long batch is worked on in slices of consecutive chunks, last slice first, which share one set of
@@ -13,7 +13,7 @@ Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, N se
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ from gdn_cp.kernels.bwd_slices import (
     summary_chunks,
 )
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
-from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, gate_gradients_kernel, scores_kernel
+from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
+from gdn_cp.kernels.chunk_bwd_rows import RowSums, least_beta, row_gradients, row_sums
 from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
 from gdn_cp.kernels.configs import (
@@ -43,9 +44,6 @@ from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 from gdn_cp.kernels.tuned import tuned_launches
 from gdn_cp.launch import describe, run_kernel
-
-if TYPE_CHECKING:
-    from gdn_cp.kernels.compile_report import CompileCase
 
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
@@ -163,17 +161,16 @@ def chunk_gated_delta_rule_bwd(
     if piece_states is not None:
         starts, sums = piece_states
         ends = piece_gradients(run.summarise(dht, state_v_first), sums, tables.pieces)
-    dG = None if g is None else torch.empty(tables.num_chunks, HV, CHUNK, dtype=torch.float32, device=q.device)
+    rows = row_sums(tables.num_chunks, HV, q.device, g is not None, beta is not None)
     for index, c0, c1 in run.bounds():
         checkpoint = None if checkpoints is None else checkpoints[index]
         run.chains(index, c0, c1, initial_state, dht, checkpoint, starts, ends, out, state_v_first)
         if c1 > c0:
-            run.local(c0, c1, out, dG, use_beta_sigmoid_in_kernel)
-    if dG is not None and g is not None and tables.num_chunks:
-        run_kernel(gate_gradients_kernel, tables.num_chunks * HV,
-            dG, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, parts, g.stride(1), g.stride(2),
-            HV=HV, C=CHUNK, GATE=use_gate_in_kernel, num_warps=1,
-        )  # fmt: skip
+            run.local(c0, c1, out, rows)
+    row_gradients(
+        rows, prepared.bt, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, out.dbeta, parts,
+        sigmoid=use_beta_sigmoid_in_kernel, least=least_beta(q.dtype),
+    )  # fmt: skip
     if parts is None:
         return out
     dA_log, ddt_bias = sum_partials(parts, shares=shares, share=share).unbind()
@@ -297,7 +294,7 @@ class Slices:
     ) -> None:  # fmt: skip
         q, k, v, do, tables = self.q, self.k, self.v, self.do, self.tables
         X, Yt = self._products(c0, c1, states[0], truncate)
-        bv, options = _options(self.config.chains)
+        bv, options = launch_options(self.config.chains)
         directions = 2 if summaries is None else 1
         run_kernel(chains_kernel, directions * tables.num_pieces * self.HV * cdiv(self.V, bv),
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
@@ -352,31 +349,31 @@ class Slices:
             self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
         return self.carries[index % 2], self.carries[(index + 1) % 2]
 
-    def local(self, c0: int, c1: int, out: Gradients, dG: Tensor | None, sigmoid: bool) -> None:
-        """dq, dk, dv, dbeta of chunks c0 .. c1 - 1, and their part of dG [NT, HV, 64] float32."""
+    def local(self, c0: int, c1: int, out: Gradients, rows: RowSums) -> None:
+        """dq, dk of chunks c0 .. c1 - 1, and their part of `rows`, which are of all chunks."""
         q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
         assert self.h is not None
         assert self.dh is not None
         assert self.M is not None
         U, D, F = self._scores(c0, c1)
-        dG = None if dG is None else dG[c0:]
-        bv, options = _options(self.config.scores)
+        sums = rows.of_slice(c0)
+        bv, options = launch_options(self.config.scores)
         M = self.matrices(self.M, bv)
         run_kernel(scores_kernel, (c1 - c0) * self.HV,
             q, k, self.tokens(self.v, bv), self.tokens(do, bv), *self.factors(), self.prepared.Ag,
-            self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, dG, out.dbeta,
-            self.scale, c0, *_strides(q, k, self.v, do), SIGMOID=sigmoid, **options, **self.constants,
+            self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, sums.dG, sums.db,
+            self.scale, c0, *_strides(q, k, self.v, do), LEAST_BETA=least_beta(q.dtype), **options, **self.constants,
         )  # fmt: skip
-        bv, options = _options(self.config.dk)
+        bv, options = launch_options(self.config.dk)
         run_kernel(dk_kernel, (c1 - c0) * self.H,
             q, k, self.prepared.G, self.prepared.rk, self.matrices(self.h, bv), self.matrices(self.dh, bv), chunks,
-            self.matrices(self.M, bv), self.matrices(U, bv), D, F, dG, out.dk, c0, *_strides(q, k),
-            **options, **self.constants,
+            self.matrices(self.M, bv), self.matrices(U, bv), D, F, out.dk, sums.k_dots, sums.state_dots,
+            c0, *_strides(q, k), **options, **self.constants,
         )  # fmt: skip
-        bv, options = _options(self.config.dq)
+        bv, options = launch_options(self.config.dq)
         run_kernel(dq_kernel, (c1 - c0) * self.H,
-            q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D, dG,
-            out.dq, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
+            q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D,
+            out.dq, sums.q_dots, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
         )  # fmt: skip
 
     def _scores(self, c0: int, c1: int) -> list[Tensor]:
@@ -415,7 +412,7 @@ class Slices:
         return made
 
 
-def _options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
+def launch_options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
     """Columns per step, and the keyword arguments of a launch."""
     block_v, warps, stages, *limit = launch
     options = {"BV": block_v, "STAGES": stages, "num_warps": warps, "num_stages": stages}
@@ -442,61 +439,3 @@ def _allocate(
     dg = None if g is None else like(g)
     dbeta = None if beta is None else like(beta)
     return Gradients(q if overwrite_q else like(q), like(k), like(v), dg, dbeta, dh0, None, None)
-
-
-def compile_cases() -> list[CompileCase]:
-    """Every kernel at Qwen3-Next's heads in bfloat16 for head dims 128, 64, 256; the chains also with few heads."""
-    cases = []
-    for dim, main in ((128, True), (64, True), (256, False)):
-        cases += _cases(dim, backward_config(torch.device("meta"), torch.bfloat16, dim, dim, 32), main)
-    narrow = backward_config(torch.device("meta"), torch.bfloat16, 128, 128, 32)._replace(chains=(16, 4, 3))
-    return [*cases, *_cases(128, narrow, True)[:2]]
-
-
-def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
-    """The kernels as `launch` says for K = V = dim, the chains first."""
-    from gdn_cp.kernels.compile_report import CompileCase
-
-    float32 = "G bt rq rk initial_state starts checkpoint dht ends carry_in carry_out dh0 summaries dG"
-    known = dict.fromkeys(float32.split(), "*fp32") | dict.fromkeys(("pieces", "chunks", "roles"), "*i32")
-    known |= dict.fromkeys(("c0", "c1", "total_chunks"), "i32") | {"scale": "fp32"}
-    constants = {
-        "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "C": CHUNK, "V_FIRST": False, "TMA": launch.tma,
-        "SIGMOID": True, "PRECISION": dot_precision(torch.bfloat16),
-    }  # fmt: skip
-    cases = []
-    for name, kernel, config, absent in (
-        ("chains", chains_kernel, launch.chains, "roles starts checkpoint ends carry_in carry_out summaries"),
-        ("summary", chains_kernel, launch.chains, "starts checkpoint ends carry_in carry_out h dh M dv dh0"),
-        ("scores", scores_kernel, launch.scores, ""),
-        ("dq", dq_kernel, launch.dq, ""),
-        ("dk", dk_kernel, launch.dk, ""),
-        ("chains of pieces in slices", chains_kernel, launch.chains, "roles initial_state dht dh0 summaries"),
-        ("summary in slices", chains_kernel, launch.chains, "dht starts checkpoint ends h dh M dv dh0"),
-    ):
-        block_v, options = _options(config)
-        given = constants | {"BV": block_v, "STAGES": options["STAGES"], "SUMMARY": name.startswith("summary")}
-        given["TRUNCATE"] = -10.0 if name.startswith("summary") else None
-        given = {n: x for n, x in (given | dict.fromkeys(absent.split())).items() if n in kernel.arg_names}
-        tokens, states = [CHUNK, block_v], [dim, block_v]
-        blocks = {"v": tokens, "do": tokens, "U": tokens, "M": tokens, "W": tokens, "h": states, "dh": states}
-        if kernel is chains_kernel:
-            blocks |= {"q": [CHUNK, dim], "k": [CHUNK, dim], "X": [dim, CHUNK], "Yt": [CHUNK, CHUNK]}
-        tiles = {n: f"tensordesc<bf16{block}>" for n, block in blocks.items()} if launch.tma else {}
-        strides = tuple(n for n in kernel.arg_names if n.startswith("stride"))
-        types = known | dict.fromkeys(strides, "i32") | tiles
-        cases.append(
-            CompileCase(
-                name=f"chunk_bwd.{name}/bf16/K{dim}/BV{block_v}",
-                kernel=kernel,
-                signature={n: types.get(n, "*bf16") for n in kernel.arg_names if n not in given},
-                constexprs=given,
-                num_warps=options["num_warps"],
-                num_stages=options["num_stages"],
-                maxnreg=options.get("maxnreg"),
-                divisible=strides,
-                main=main,
-                spills_allowed=dim > 128,  # the accumulators of dq and dk alone are most of the registers
-            )
-        )
-    return cases

@@ -214,6 +214,30 @@ def _gradient_chain(
     return dS
 
 
+@triton.jit
+def _add_rounding(
+    dS, q, do, G, rq, scale, hk, hv, i_v, first, first_row, end_row, stride_qt, stride_qh, stride_ot, stride_oh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dS + Q^T of what dO, scaled, lost when it was rounded for the last step of `_gradient_chain`, at chunk `first`.
+
+    That is most of the error of the gradient before a sequence under a strong decay, when little else reaches it.
+    """
+    i_c = tl.arange(0, C)
+    row = first_row.to(tl.int64)
+    n_rows = end_row - first_row
+    if n_rows > 0:
+        G_i, _, _, q_norm, _ = _row_factors(G, G, rq, rq, first.to(tl.int64), hk, hv, n_rows > 0, H, HV, C)
+        q_scale = tl.where(i_c < n_rows, scale * tl.exp(G_i) * q_norm, 0.0)
+        q_tile = token_tile(q, row, hk, 0, n_rows, stride_qt, stride_qh, K, BK, C, TMA)
+        do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
+        do_scaled = do_tile.to(tl.float32) * q_scale[:, None]
+        lost = do_scaled - do_scaled.to(q_tile.dtype).to(tl.float32)
+        dS = tl.dot(tl.trans(q_tile), lost.to(q_tile.dtype), acc=dS, input_precision=PRECISION)
+    return dS
+
+
 @triton.jit(do_not_specialize=["c0", "c1", "total_chunks"])
 def chains_kernel(
     q, k, v, do, G, bt, rq, rk, X, Yt, pieces, roles, initial_state, starts, checkpoint, dht, ends, carry_in,
@@ -311,4 +335,8 @@ def chains_kernel(
                     store_state(carry_out + own_at, state, i_v, K, V, BK, BV, False)
             if dh0 is not None:
                 if is_first & (piece_first >= c0):
+                    state = _add_rounding(
+                        state, q, do, G, rq, scale, hk, hv, i_v, first, first_row, end_row,
+                        stride_qt, stride_qh, stride_ot, stride_oh, H, HV, K, V, BK, BV, C, TMA, PRECISION,
+                    )  # fmt: skip
                     store_state(dh0 + state_at, state, i_v, K, V, BK, BV, V_FIRST)

@@ -7,13 +7,18 @@ Given, for one chunk of C = 64 rows, the state S before it, the gradient dS+ of 
     dQK = scale (dO U^T) * Gam               E = stricttril((M U^T) * Gam)
     dQ = scale gamma (dO S^T) + dQK K        Z = rho (U dS+^T)
     dK = Z - gamma (dR S^T) + dQK^T Q - (beta E + (beta E)^T) K
-    dbeta = rowdot(M, R) - rowsum(E * K K^T)
+    beta dbeta = beta (rowdot(M, R) - rowsum(E * K K^T))
+               = rowdot(K, Z) + colsum(dQK * Q K^T) - colsum(beta E * K K^T)
     dG = rowsum(F) - colsum(F) + rowdot(Q, scale gamma dO S^T) - rowdot(K, Z) - rowdot(dR, gamma K S),
          F = stricttril(dQK * Q K^T) - beta E * K K^T;     dG_C += lam <S, dS+> + sum_j rowdot(K, Z)_j
     dg_t = sum of dG_i over i >= t
 
 The gradient of the inverse needs no product of C x C matrices, since Af^T dU = M and Af (beta R) = U. The diagonal of
 dQK * Q K^T, which would cancel between rows and columns of dG, never enters.
+
+dbeta is the mean of its two forms, which are equal but for rounding: X and M, rounded, spoil the first and U the second
+(the second is <U, dU> less what U has by way of later rows). That takes a fifth off the error, for a few row sums. The
+second form is divided by beta, so where beta is almost 0 the first stands alone.
 
 Three kernels, because one would need more registers than there are: `scores_kernel` makes what is [C, C] and [C, V],
 `dq_kernel` and `dk_kernel` what is [C, K]. The latter build dQ and dK transposed, [K, C], so that the first factor of
@@ -48,7 +53,7 @@ from gdn_cp.kernels.chunk_bwd_chains import (
     store_state,
     token_tile,
 )
-from gdn_cp.kernels.gate_triton import softplus
+from gdn_cp.kernels.chunk_bwd_rows import second_share
 
 
 @triton.jit
@@ -60,13 +65,13 @@ def _norm_gradient(y_t, x_t, r):
 
 @triton.jit(do_not_specialize=["c0"])
 def scores_kernel(
-    q, k, v, do, G, bt, rq, rk, Ag, h, M, chunks, W, U, D, F, dG, dbeta, scale, c0,
+    q, k, v, do, G, bt, rq, rk, Ag, h, M, chunks, W, U, D, F, dG, db, scale, c0,
     stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh, stride_ot, stride_oh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, SIGMOID: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    C: tl.constexpr, LEAST_BETA: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // HV and value head id % HV. Stores W, U, D, F, dbeta and
-    dG but for what comes through dQ and dK.
+    """One program: chunk c0 + id // HV and value head id % HV. Stores W, U, D, F, and in dG and db, float32, dG and
+    dbeta but for what comes through dQ and dK.
 
     M and W may be the same memory: each tile is read before it is written, and only by this program.
     """
@@ -99,19 +104,20 @@ def scores_kernel(
     dP = tl.zeros([C, C], tl.float32)
     MU = tl.zeros([C, C], tl.float32)
     m_dot_r = tl.zeros([C], tl.float32)
-    dr_dot_ks = tl.zeros([C], tl.float32)
+    w_dot_ks = tl.zeros([C], tl.float32)
     for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
         S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
         v_tile = token_tile(v, row, hv, i_v, n_rows, stride_vt, stride_vh, V, BV, C, TMA)
         do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
         m_tile = matrix_tile(M, own, i_v, C, V, C, BV, TMA)
-        KS = from_start[:, None] * tl.dot(k_tile, S, input_precision=PRECISION)
-        R = v_tile.to(tl.float32) - KS
+        KS = tl.dot(k_tile, S, input_precision=PRECISION)
+        R = v_tile.to(tl.float32) - from_start[:, None] * KS
         m = m_tile.to(tl.float32)
         m_dot_r += tl.sum(m * R, 1)
-        dR = tl.where(valid[:, None], b[:, None] * m, 0.0)
-        dr_dot_ks += tl.sum(dR * KS, 1)
-        store_matrix_tile(W, (-from_start[:, None] * dR).to(dtype), own, i_v, C, V, C, BV, TMA)
+        w = tl.where(valid[:, None], -(from_start * b)[:, None] * m, 0.0)
+        w_stored = w.to(dtype)
+        w_dot_ks += tl.sum((w + w_stored.to(tl.float32)) * KS, 1)
+        store_matrix_tile(W, w_stored, own, i_v, C, V, C, BV, TMA)
         bR = tl.where(valid[:, None], b[:, None] * R, 0.0)
         u = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION)
         store_matrix_tile(U, (to_end[:, None] * u).to(dtype), own, i_v, C, V, C, BV, TMA)
@@ -127,27 +133,32 @@ def scores_kernel(
     E = tl.where(strict, MU * Gam * k_norm[:, None], 0.0)
     store_state(F + own * (C * C), -b[:, None] * E, 0, C, C, C, C, False)
     EKK = E * tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
-    if dbeta is not None:
-        d = m_dot_r - tl.sum(EKK, 1)
-        if SIGMOID:
-            d *= b * (1.0 - b)
-        tl.store(dbeta + (row + i_c) * HV + hv, d.to(dbeta.dtype.element_ty), mask=valid)
-    if dG is not None:
-        decayed = tl.where(strict, D_tile * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION), 0.0)
-        decayed -= b[:, None] * EKK
-        # `dk_kernel` subtracts K . (Z - gamma dR S^T), of which the second part is dr_dot_ks once more.
-        part = tl.where(valid, tl.sum(decayed, 1) - tl.sum(decayed, 0) - 2.0 * dr_dot_ks, 0.0)
-        tl.store(dG + own * C + i_c, part + tl.where(i_c == C - 1, tl.sum(dr_dot_ks, 0), 0.0))
+    # K . (Z + S W^T) is taken off dG later, of which only K . Z belongs there: w_dot_ks puts the rest back, with W as
+    # it is stored, so that its rounding cancels, and adds the term -rowdot(dR, gamma K S), which is the same with W
+    # before it is rounded. Hence the sum of both in the loop.
+    if dG is not None or db is not None:
+        decayed = D_tile * tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        diagonal = tl.sum(tl.where(i_c[:, None] == i_c[None, :], decayed, 0.0), 1)
+        decayed = tl.where(strict, decayed, 0.0) - b[:, None] * EKK
+        columns = tl.sum(decayed, 0)
+        if dG is not None:
+            part = tl.where(valid, tl.sum(decayed, 1) - columns + w_dot_ks, 0.0)
+            tl.store(dG + own * C + i_c, part + tl.where(i_c == C - 1, -0.5 * tl.sum(w_dot_ks, 0), 0.0))
+        if db is not None:
+            share = second_share(b, LEAST_BETA)
+            first = (1.0 - share * b) * (m_dot_r - tl.sum(EKK, 1))
+            tl.store(db + own * C + i_c, first + share * (columns + diagonal - 0.5 * w_dot_ks))
 
 
 @triton.jit(do_not_specialize=["c0"])
 def dq_kernel(
-    q, k, do, G, rq, h, chunks, D, dG, dq, scale, c0, stride_qt, stride_qh, stride_kt, stride_kh, stride_ot, stride_oh,
-    stride_dt, stride_dh,
+    q, k, do, G, rq, h, chunks, D, dq, q_dots, scale, c0, stride_qt, stride_qh, stride_kt, stride_kh,
+    stride_ot, stride_oh, stride_dt, stride_dh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // H and q/k head id % H; dQ over all value heads of that head, and its part of dG.
+    """One program: chunk c0 + id // H and q/k head id % H; dQ over all value heads of that head, and of each
+    value head q_dots [.., C] = Q . (scale gamma dO S^T), for `row_gradients_kernel`.
 
     dQ^T = sum of S (diag(scale gamma rq) dO)^T + K^T D^T, then the norm's part. q and dq may be the same memory: the
     tile is written last, and nobody reads q after this kernel.
@@ -178,12 +189,11 @@ def dq_kernel(
             # Rows of dO past the end may be another sequence's.
             do_scaled = tl.where(valid[:, None], do_tile.to(tl.float32) * factor[:, None], 0.0).to(do_tile.dtype)
             dq_t = tl.dot(S, tl.trans(do_scaled), acc=dq_t, input_precision=PRECISION)
-        if dG is not None:
+        if q_dots is not None:
             # Loaded where it is used: held in registers all along, the tile would cost a program on the multiprocessor.
             q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
             so_far = tl.sum(tl.trans(q_tile).to(tl.float32) * dq_t, 0)
-            at = dG + own * C + i_c
-            tl.store(at, tl.load(at) + so_far - q_dot)
+            tl.store(q_dots + own * C + i_c, so_far - q_dot)
             q_dot = so_far
     k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
     for j in range(HV // H):
@@ -197,11 +207,12 @@ def dq_kernel(
 
 @triton.jit(do_not_specialize=["c0"])
 def dk_kernel(
-    q, k, G, rk, h, dh, chunks, W, U, D, F, dG, dk, c0, stride_qt, stride_qh, stride_kt, stride_kh,
+    q, k, G, rk, h, dh, chunks, W, U, D, F, dk, k_dots, state_dots, c0, stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One program: chunk c0 + id // H and q/k head id % H; dK over all value heads of that head, and the rest of dG.
+    """One program: chunk c0 + id // H and q/k head id % H; dK over all value heads of that head, and of each value head
+    what `row_gradients_kernel` needs: k_dots [.., C] = K . (Z + S W^T), and state_dots = lam <S, dS+>.
 
     dK^T = sum of S W^T + dS+ U^T + Q^T D + K^T (F + F^T), then the norm's part.
     """
@@ -228,17 +239,15 @@ def dk_kernel(
             U_tile = matrix_tile(U, own, i_v, C, V, C, BV, TMA)
             dk_t = tl.dot(S, tl.trans(W_tile), acc=dk_t, input_precision=PRECISION)
             dk_t = tl.dot(dS, tl.trans(U_tile), acc=dk_t, input_precision=PRECISION)
-            if dG is not None:
+            if k_dots is not None:
                 state_dot += S.to(tl.float32) * dS.to(tl.float32)
-        if dG is not None:
+        if k_dots is not None:
             k_tile = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
             so_far = tl.sum(tl.trans(k_tile).to(tl.float32) * dk_t, 0)
-            added = so_far - k_dot
+            tl.store(k_dots + own * C + i_c, so_far - k_dot)
             k_dot = so_far
             lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
-            from_last = lam * tl.sum(state_dot) + tl.sum(added, 0)
-            at = dG + own * C + i_c
-            tl.store(at, tl.load(at) - added + tl.where(i_c == C - 1, from_last, 0.0))
+            tl.store(state_dots + own, lam * tl.sum(state_dot))
     k_tile = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
     q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
     for j in range(HV // H):
@@ -252,30 +261,3 @@ def dk_kernel(
         k_again = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
         dk_t = _norm_gradient(dk_t, tl.trans(k_again), tl.load(rk + (chunk * H + hk) * C + i_c))
     store_rows(dk + (row * H + hk) * K, tl.trans(dk_t), 0, n_rows, H * K, K, BK, C)
-
-
-@triton.jit
-def gate_gradients_kernel(
-    dG, g, A_log, dt_bias, chunks, dg, parts, stride_gt, stride_gh,
-    HV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-):  # fmt: skip
-    """One program: chunk id // HV and value head id % HV; dg, and parts [NT, 2, HV] of dA_log and ddt_bias."""
-    pid = tl.program_id(0)
-    chunk = (pid // HV).to(tl.int64)
-    hv = pid % HV
-    i_c = tl.arange(0, C)
-    n_rows = tl.where(tl.load(chunks + chunk * 4) < 0, 0, tl.load(chunks + chunk * 4 + 2))
-    valid = i_c < n_rows
-    at = tl.load(chunks + chunk * 4 + 1).to(tl.int64) + i_c
-    # dG_C is in the last of the C rows also where the sequence ends earlier.
-    dG_i = tl.load(dG + (chunk * HV + hv) * C + i_c, mask=n_rows > 0, other=0.0)
-    dg_i = tl.where(valid, tl.cumsum(dG_i, 0, reverse=True), 0.0)
-    if GATE:
-        x = tl.load(g + at * stride_gt + hv * stride_gh, mask=valid, other=0.0).to(tl.float32)
-        if dt_bias is not None:
-            x += tl.load(dt_bias + hv).to(tl.float32)
-        rate = -tl.exp(tl.load(A_log + hv).to(tl.float32))
-        tl.store(parts + chunk * 2 * HV + hv, tl.sum(dg_i * rate * softplus(x), 0))
-        dg_i = dg_i * rate * tl.sigmoid(x)
-        tl.store(parts + (chunk * 2 + 1) * HV + hv, tl.sum(dg_i, 0))
-    tl.store(dg + at * HV + hv, dg_i.to(dg.dtype.element_ty), mask=valid)

@@ -195,6 +195,55 @@ def test_rows_of_zeros_have_finite_gradients():
     assert all(x.grad is not None and x.grad.isfinite().all() for x in leaves.values())
 
 
+def test_gradient_of_a_beta_that_is_almost_or_exactly_zero():
+    """One of dbeta's two forms is divided by beta."""
+    case = Case(T=70, K=32, beta="plain")
+    inputs = _inputs(case)
+    assert inputs["beta"] is not None
+    inputs["beta"][:, ::7] = 0.0
+    inputs["beta"][:, 1::7] = 1e-30
+    inputs["beta"][:, 2::7] = 1e-12
+    inputs["beta"][:, 3::7] = -0.5
+
+    def dbeta(function, dtype: torch.dtype, device: str) -> Tensor:
+        leaves = {name: None if x is None else x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
+        o, _ = function(
+            **leaves, scale=1.0, output_final_state=False, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True
+        )
+        return torch.autograd.grad(o.sum(), leaves["beta"])[0]
+
+    got = dbeta(chunk_gated_delta_rule_triton, torch.float32, DEVICE)
+    expected = dbeta(recurrent_gated_delta_rule_reference, torch.float64, "cpu")
+    assert (expected[:, ::7].abs() > 1e-3).all()
+    _assert_close({"beta": got.cpu()}, {"beta": expected})
+
+
+def test_gradient_before_a_sequence_keeps_what_rounding_the_last_step_lost():
+    """Under a strong decay it is little but Q^T of dO scaled, which is rounded to 11 bits for the product: 2^-12.3 of
+    the norm on average. The other roundings are of a term that is about as much smaller as one is than a query's norm,
+    the root of K."""
+    generator = torch.Generator().manual_seed(3)
+    T, K = 40, 128
+
+    def random(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    q, k, v, do = (random(1, T, 1, dim) for dim in (K, K, 16, 16))
+    k = torch.nn.functional.normalize(k.float(), dim=-1).half()
+    g, beta = torch.full((1, T, 1), -2.0, device=DEVICE), random(1, T, 1, dtype=torch.float32).sigmoid()
+    state = random(1, 1, K, 16, dtype=torch.float32)
+
+    def gradient(function, dtype: torch.dtype | None) -> Tensor:
+        tensors = [x.to(dtype or x.dtype) for x in (q, k, v, g, beta, state)]
+        tensors[5].requires_grad_()
+        o, _ = function(*tensors[:5], 1.0, tensors[5], False)
+        return torch.autograd.grad(o, tensors[5], do.to(o.dtype))[0].double()
+
+    got = gradient(chunk_gated_delta_rule_triton, None)
+    expected = gradient(recurrent_gated_delta_rule_reference, torch.float64)
+    assert (got - expected).norm() < 2 * K**-0.5 * 2**-12.3 * expected.norm()
+
+
 def test_gradient_of_the_output_may_be_a_view():
     """A gradient arrives as autograd made it: transposed, expanded or with gaps between its rows."""
     case = Case(T=66, B=2)
