@@ -6,7 +6,7 @@
     dG    = dG' + q_dots - k_dots,    dG_C += state_dots + sum of k_dots,    dg_t = sum of dG_i over i >= t
 
 where q_dots = Q . (scale gamma dO S^T), k_dots = K . (Z + S W^T), state_dots = lam <S, dS+>, and dG' and db are what
-`scores_kernel` knows.
+`scores_kernel` knows; share is that of the second form of dbeta (`second_share`).
 
 Dimensions: T tokens, HV value heads, C = 64 rows of a chunk, NT chunks (bound).
 """
