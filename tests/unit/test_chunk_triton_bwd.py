@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -205,12 +206,14 @@ def test_gradient_of_a_beta_that_is_almost_or_exactly_zero():
     inputs["beta"][:, 2::7] = 1e-12
     inputs["beta"][:, 3::7] = -0.5
 
-    def dbeta(function, dtype: torch.dtype, device: str) -> Tensor:
+    def dbeta(function: Callable[..., Any], dtype: torch.dtype, device: str) -> Tensor:
         leaves = {name: None if x is None else x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
         o, _ = function(
             **leaves, scale=1.0, output_final_state=False, use_qk_l2norm_in_kernel=True, use_gate_in_kernel=True
         )
-        return torch.autograd.grad(o.sum(), leaves["beta"])[0]
+        beta = leaves["beta"]
+        assert beta is not None
+        return torch.autograd.grad(o.sum(), beta)[0]
 
     got = dbeta(chunk_gated_delta_rule_triton, torch.float32, DEVICE)
     expected = dbeta(recurrent_gated_delta_rule_reference, torch.float64, "cpu")
@@ -233,7 +236,7 @@ def test_gradient_before_a_sequence_keeps_what_rounding_the_last_step_lost():
     g, beta = torch.full((1, T, 1), -2.0, device=DEVICE), random(1, T, 1, dtype=torch.float32).sigmoid()
     state = random(1, 1, K, 16, dtype=torch.float32)
 
-    def gradient(function, dtype: torch.dtype | None) -> Tensor:
+    def gradient(function: Callable[..., Any], dtype: torch.dtype | None) -> Tensor:
         tensors = [x.to(dtype or x.dtype) for x in (q, k, v, g, beta, state)]
         tensors[5].requires_grad_()
         o, _ = function(*tensors[:5], 1.0, tensors[5], False)
