@@ -45,8 +45,8 @@ CANDIDATES: dict[str, list[tuple[int, ...]]] = {
     "solve": [(64, 1), (32, 1), (16, 1), (64, 2)],
 }
 KERNEL_NAMES = {name: f"{name}_kernel" for name in ("scores", "dq", "dk")} | {
-    "products": "_products_kernel",
-    "solve": "_solve_kernel",
+    "products": "products_kernel",
+    "solve": "solve_kernel",
 }
 
 

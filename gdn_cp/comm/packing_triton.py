@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.comm.transport import MixerColumns
+from gdn_cp.kernels.configs import cdiv, power_of_2
 from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
@@ -173,18 +174,10 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
     return _map_rows(x, torch.empty(x.shape, dtype=x.dtype, device=x.device), rows, scatter=False)
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)  # Triton's own, made for kernels too, takes microseconds
-
-
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 @lru_cache(maxsize=64)
 def _tile(width: int) -> tuple[int, int]:
     """(rows, columns) of a tile for sections of at least `width` columns."""
-    columns = min(MAX_COLUMNS, _power_of_2(width))
+    columns = min(MAX_COLUMNS, power_of_2(width))
     return TILE // columns, columns
 
 
@@ -195,7 +188,7 @@ def _constants(columns: MixerColumns) -> dict[str, int]:
     BR, BC = _tile(min(columns.qk, columns.v) // P)
     return {
         "P": P, "QK": columns.qk // P, "V": columns.v // P, "HEADS": columns.heads // P, "SHARE": columns.share_width,
-        "BR": BR, "BC": BC, "BG": _power_of_2(2 * columns.heads),
+        "BR": BR, "BC": BC, "BG": power_of_2(2 * columns.heads),
     }  # fmt: skip
 
 
@@ -206,9 +199,9 @@ def _run_columns(
     assert wide.stride(1) == 1
     if not t:
         return
-    n_qk, n_v = _cdiv(sizes["QK"], sizes["BC"]), _cdiv(sizes["V"], sizes["BC"])
+    n_qk, n_v = cdiv(sizes["QK"], sizes["BC"]), cdiv(sizes["V"], sizes["BC"])
     tiles = columns.ranks * (2 * n_qk + n_v * (1 if z is None else 2)) + 1
-    run_kernel(columns_kernel, _cdiv(t, sizes["BR"]) * tiles,
+    run_kernel(columns_kernel, cdiv(t, sizes["BR"]) * tiles,
         wide, shares, z, None if padding is None else padding.view(torch.uint8), t, wide.stride(0),
         **sizes, UNPACK=unpack, KEEP_Z=z is not None, HAS_PADDING=padding is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
@@ -219,7 +212,7 @@ def _map_rows(x: Tensor, y: Tensor, rows: Tensor, *, scatter: bool) -> Tensor:
     R, D = x.shape
     if y.numel():
         BR, BC = _tile(D)
-        run_kernel(map_rows_kernel, _cdiv(R, BR) * _cdiv(D, BC),
+        run_kernel(map_rows_kernel, cdiv(R, BR) * cdiv(D, BC),
             x, y, rows, R, x.stride(0), y.stride(0), D=D, BR=BR, BC=BC, SCATTER=scatter,
             num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -41,6 +41,7 @@ from gdn_cp.kernels.configs import (
     launches,
     multiprocessors,
     options,
+    power_of_2,
 )
 from gdn_cp.kernels.decay_triton import last_start
 from gdn_cp.kernels.tables import ChunkTables, dense
@@ -218,11 +219,6 @@ def _chain_kernel(
             tl.store(final, S, mask=state_mask)
 
 
-def _power_of_2(n: int) -> int:
-    """The least power of two that is not below n."""
-    return 1 << (n - 1).bit_length()
-
-
 def _descriptors(q: Tensor, k: Tensor, v: Tensor, prepared: Prepared, block_v: int) -> tuple[TensorDescriptor, ...]:
     """Descriptors of q, k, v as [rows, heads * dim], X as [chunks * heads * K, 64], Yt as [chunks * heads * 64, 64]."""
     assert prepared.X is not None
@@ -248,7 +244,7 @@ class Walk:
     ) -> None:  # fmt: skip
         self.H, self.HV, self.K, self.V = q.shape[2], v.shape[2], q.shape[3], v.shape[3]
         self.tables, self.config, self.v = tables, launch, v
-        self.block_v: int = min(launch.block_v, max(16, _power_of_2(self.V)))
+        self.block_v: int = min(launch.block_v, max(16, power_of_2(self.V)))
         self.tma = launch.tma and bulk_copy_fits(q, k, v)
         inputs = _descriptors(q, k, v, prepared, self.block_v) if self.tma else (q, k, v, prepared.X, prepared.Yt)
         self.inputs: tuple[Any, ...] = (*inputs, prepared.G, prepared.bt, prepared.rq, prepared.rk, tables.pieces)
@@ -262,7 +258,7 @@ class Walk:
             v.stride(2),
         )
         self.constants = {
-            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": _power_of_2(self.K),
+            "H": self.H, "HV": self.HV, "K": self.K, "V": self.V, "BK": power_of_2(self.K),
             "BV": self.block_v, "STATE_K": 1 if state_v_first else self.V, "STATE_V": self.K if state_v_first else 1,
             "NORM": prepared.rk is not None, "TMA": self.tma, "DOT": launch.precision,
         }  # fmt: skip

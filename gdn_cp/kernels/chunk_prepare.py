@@ -22,7 +22,6 @@ NT chunks (bound).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -33,9 +32,6 @@ from gdn_cp.kernels.configs import Launch, launches, options, power_of_2, prepar
 from gdn_cp.kernels.decay_triton import first_end
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
 from gdn_cp.launch import run_kernel
-
-if TYPE_CHECKING:
-    from gdn_cp.kernels.compile_report import CompileCase
 
 NORM_EPS = 1e-6
 
@@ -140,7 +136,7 @@ def _store_block(base, block, row: tl.constexpr, column: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_programs"])
-def _solve_kernel(
+def solve_kernel(
     k_ptr, g_ptr, beta_ptr, A_log_ptr, dt_bias_ptr, chunks_ptr, G_ptr, bt_ptr, rk_ptr, Ag_ptr,
     n_programs, stride_kt, stride_kh, stride_gt, stride_gh, stride_bt, stride_bh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr,
@@ -281,7 +277,7 @@ def _solve_kernel(
 
 
 @triton.jit(do_not_specialize=["first_chunk"])
-def _products_kernel(
+def products_kernel(
     q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, chunks_ptr, roles_ptr, X_ptr, Yt_ptr,
     first_chunk, scale, stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr,
@@ -389,7 +385,7 @@ def prepare(
         rq, rk = (torch.empty(NT, H, CHUNK, dtype=torch.float32, device=q.device) for _ in range(2))
     Ag = torch.empty(*shape, CHUNK, dtype=q.dtype, device=q.device)
     if NT:
-        run_kernel(_solve_kernel, NT * HV,
+        run_kernel(solve_kernel, NT * HV,
             k, g, beta, dense(A_log), dense(dt_bias), tables.chunks, G, bt, rk, Ag,
             NT * HV, k.stride(1), k.stride(2),
             *((0, 0) if g is None else (g.stride(1), g.stride(2))),
@@ -441,7 +437,7 @@ def _products(
     X = torch.empty(num_chunks, HV, K, CHUNK, dtype=q.dtype, device=q.device)
     Yt = torch.empty(num_chunks, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) if with_y else None
     if num_chunks:
-        run_kernel(_products_kernel, num_chunks * H,
+        run_kernel(products_kernel, num_chunks * H,
             q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, roles, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             **options(
@@ -450,54 +446,3 @@ def _products(
             STORE_RQ=store_rq, WITH_Y=with_y, TRUNCATE=truncate, DOT=launch.precision),
         )  # fmt: skip
     return X, Yt
-
-
-def compile_cases() -> list[CompileCase]:
-    """Both kernels at Qwen3-Next's heads in bfloat16 and at head dim 64; float32, which nobody trains with, beside."""
-    cases = []
-    for kind, dim, main in (("bf16", 128, True), ("bf16", 64, True), ("bf16", 256, False), ("fp32", 64, False)):
-        cases += _cases_for(kind, dim, main)
-    return cases
-
-
-def _cases_for(kind: str, K: int, main: bool) -> list[CompileCase]:
-    from gdn_cp.kernels.compile_report import CompileCase
-
-    launch = prepare_config(torch.device("cpu"), torch.float32 if kind == "fp32" else torch.bfloat16, K)
-    tile, floats = f"*{kind}", "*fp32"
-    strides = ("stride_kt", "stride_kh", "stride_gt", "stride_bt")
-    heads = {"H": 16, "HV": 32, "K": K, "EPS": NORM_EPS, "NORM": True, "DOT": launch.precision}
-    switches = {"HAS_G": True, "HAS_BETA": True, "GATE": True, "HAS_BIAS": True, "SIGMOID": True}
-    solve = {"k_ptr": tile, "g_ptr": tile, "beta_ptr": tile, "A_log_ptr": floats, "dt_bias_ptr": floats}
-    solve |= {"chunks_ptr": "*i32", "G_ptr": floats, "bt_ptr": floats, "rk_ptr": floats, "Ag_ptr": tile}
-    products = {"q_ptr": tile, "k_ptr": tile, "G_ptr": floats, "rq_ptr": floats, "rk_ptr": floats, "Ag_ptr": tile}
-    products |= {"chunks_ptr": "*i32", "X_ptr": tile, "Yt_ptr": tile, "first_chunk": "i32", "scale": "fp32"}
-    product_strides = ("stride_qt", "stride_qh", "stride_kt", "stride_kh")
-    return [
-        CompileCase(
-            name=f"chunk_prepare.solve/{kind}/K{K}",
-            kernel=_solve_kernel,
-            signature=solve | {"n_programs": "i32"} | dict.fromkeys(strides, "i32"),
-            constexprs=heads
-            | switches
-            | {"BK": min(K, launch.solve_block), "PRECISION": launch.solve_precision, "stride_gh": 1, "stride_bh": 1},
-            num_warps=launch.solve_warps,
-            num_stages=1,
-            divisible=strides,
-            main=main,
-            # float32 products are unrolled for want of tensor cores. Else six spills at K = 128, which cost less than
-            # slices of 32 columns without any: 0.27 against 0.31 ms of prepare for 16,384 tokens of 16/32 heads (H200).
-            spills_allowed=kind == "fp32" or K == 128,
-        ),
-        CompileCase(
-            name=f"chunk_prepare.products/{kind}/K{K}",
-            kernel=_products_kernel,
-            signature=products | dict.fromkeys(product_strides, "i32"),
-            constexprs=heads | {"BK": K, "STORE_RQ": True, "WITH_Y": True, "TRUNCATE": None, "roles_ptr": None},
-            num_warps=launch.products_warps,
-            num_stages=launch.products_stages,
-            divisible=product_strides,
-            main=main,
-            spills_allowed=kind == "fp32",
-        ),
-    ]
