@@ -17,6 +17,7 @@ that trade heads for tokens; a share is what one of them holds.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -195,12 +196,12 @@ def _run_rule(
     q, k, v, alpha, beta = call.by_heads(qkv, gates)
     if call.states is not None:
         return call.states.rule.forward(TokenInputs(q, k, v, alpha, beta, A_log, dt_bias))
-    o, _, *of_rule = rule_forward(
+    o, _, of_rule = rule_forward(
         q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
         A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
         intra_card=call.intra_card, lean=True, **_RULE,
     )  # fmt: skip
-    return o, of_rule, piece_chunks(q, v, call.cu_seqlens, call.intra_card) if of_rule[-1].numel() else 0
+    return o, of_rule, 0 if of_rule[-1] is None else piece_chunks(q, v, call.cu_seqlens, call.intra_card)
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -283,14 +284,15 @@ def _rule_backward(
             of_heads = sum_partials(torch.stack(of_heads)[None], shares=call.shares, share=call.share).unbind()
         dA_log, d_dt_bias = of_heads
     else:
-        dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = rule_backward(
+        found = rule_backward(
             d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
             initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
             need_dh0=False, piece_chunks=ctx.piece_chunks, overwrite_q=scratch is None, shares=call.shares,
             share=call.share, **_RULE,
         )  # fmt: skip
-    gradients = (gradient[0].flatten(1) for gradient in (dq, dk, dv, d_beta, d_alpha))
-    return SectionGradients(*gradients), dA_log, d_dt_bias
+        dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = found
+    by_row = (gradient.view(len(gates), math.prod(gradient.shape[2:])) for gradient in (dq, dk, dv, d_beta, d_alpha))
+    return SectionGradients(*by_row), dA_log, d_dt_bias
 
 
 def by_head(x: Tensor, dim: int) -> Tensor:

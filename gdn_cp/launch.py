@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from torch.nn import Parameter
 from triton import knobs
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gdn_cp.kernels.configs import current_device
 from gdn_cp.launch_bare import BareLauncher, bare_launcher
 
 KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
@@ -43,7 +45,7 @@ class _Compiled(NamedTuple):
 _Class = tuple[Any, ...]
 # By the kernel's id, which is its own as long as the kernel stands here.
 _classes: dict[int, tuple[Any, dict[_Class, _Compiled]]] = {}
-# What descriptors have besides their tensors.
+# What descriptors have besides their tensors, and in `_shape` what tells them apart but for the tensor's address.
 _described: dict[_Class, dict[str, Any]] = {}
 
 
@@ -63,8 +65,7 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
         kernel[(programs,)](*args, **constants)
         return
     of_args, values = classified
-    driver: Any = triton.runtime.driver.active
-    device = driver.get_current_device()
+    device = current_device()
     key = (device, knobs.runtime.debug, *constants, *constants.values(), *of_args)
     entry = _classes.get(id(kernel))
     if entry is None:
@@ -74,6 +75,7 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
         _compile(kernel, programs, args, constants, entry[1], key)
         return
     compiled, bare, following = found
+    driver: Any = triton.runtime.driver.active
     stream = driver.get_current_stream(device)
     values += following
     if bare is not None:
@@ -102,29 +104,25 @@ def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) 
 def raw_stream(device: torch.device) -> int:
     """The address of a CUDA device's current stream, as Triton asks for it: without the object around it."""
     driver: Any = triton.runtime.driver.active
-    return driver.get_current_stream(torch.cuda.current_device() if device.index is None else device.index)
+    return driver.get_current_stream(current_device() if device.index is None else device.index)
 
 
 def classify(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
     """(the class of each argument, what a compiled kernel is given for it); None if there is one of unknown type."""
     classes: list[Any] = []
-    values: list[Any] = []
-    classify_as, give = classes.append, values.append  # every microsecond here is one for each launch
-    for x in args:
+    values = [*args]
+    add = classes.append  # every microsecond here is one for each launch
+    for place, x in enumerate(args):
         kind = x.__class__
-        if kind is int:
-            classify_as(not x & 15 if 1 < x < 2**31 else (x,))
-            give(x)
-        elif kind is Tensor or kind is torch.nn.Parameter:
-            address, dtype = x.data_ptr(), x.dtype
-            classify_as((dtype,) if address & 15 else dtype)
-            give(address)
-        elif x is None or kind is float:
-            classify_as(kind)
-            give(x)
+        if kind is Tensor or kind is Parameter:
+            values[place] = address = x.data_ptr()
+            add((x.dtype,) if address & 15 else x.dtype)
+        elif kind is int:
+            add(not x & 15 if 1 < x < 2147483648 else (x,))
         elif kind is TensorDescriptor:
-            classify_as((x.base.dtype, *x.block_shape))
-            give(x)
+            add((x.base.dtype, *x.block_shape))
+        elif x is None or kind is float:
+            add(kind)
         else:
             return None
     return classes, values

@@ -11,8 +11,8 @@ and rows of one side stand in local order, those of the other in natural order:
     natural far   near row i           <->  far row rows[i]         cp -> hp: my rows, in natural order, at the peers
     natural near  near row rows[p*t+i] <->  far row i               hp -> cp: each peer's rows out of mine
 
-Nothing is computed, so elements travel as integers of their size, and padded rows (rows[i] = -1 - row) as zeros, whose
-source is not read. Signals are not in here: see `gdn_cp.comm.symmetric`.
+Nothing is computed: bits travel, and padded rows (rows[i] = -1 - row) as zeros, whose source is not read. Signals are
+not in here: see `gdn_cp.comm.symmetric`.
 
 Example, P = 2, sections q (4 columns) and v (2), natural far, rank 0, rows (0, 3); what goes where:
 
@@ -42,7 +42,6 @@ from gdn_cp.launch import run_kernel
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
 
-INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 VECTOR = 16  # bytes of the widest access
 NARROW = 64  # sections with fewer columns in a share are moved by tiles of their own
 
@@ -264,8 +263,8 @@ def exchange(
     runs, size = route.runs(shape.columns, near.device), near.element_size()
     tiles = -(-t // shape.rows) * max(runs.wide, 1) * route.ranks
     run_kernel(exchange_kernel, min(tiles, shape.programs),
-        near.view(INTEGERS[size]), peers, rows, runs.table, runs.wide, runs.narrow, t, route.rank,
-        None if kept is None else kept.view(INTEGERS[size]), PULL=pull, KEPT_COLUMN=kept_column,
+        near, peers, rows, runs.table, runs.wide, runs.narrow, t, route.rank,
+        kept, PULL=pull, KEPT_COLUMN=kept_column,
         KEPT_WIDTH=0 if kept is None else kept.shape[1], num_warps=shape.num_warps,
         **_constants(route, runs, shape, near.stride(0), size),
     )  # fmt: skip
@@ -290,7 +289,7 @@ def compile_cases() -> list[CompileCase]:
     from gdn_cp.kernels.compile_report import CompileCase
 
     shape = TileShape()
-    tensors = {"near": "*i16", "peers": "*i64", "rows": "*i32", "runs": "*i32"}
+    tensors = {"near": "*bf16", "peers": "*i64", "rows": "*i32", "runs": "*i32"}
     numbers = dict.fromkeys(("wide_runs", "narrow_runs", "t", "rank"), "i32")
     sizes = {
         "P": 4, "ALIGN": 8, "ALIGN_NARROW": 8, "BR": shape.rows, "BC": shape.columns, "BR_NARROW": 128, "BC_NARROW": 16,
@@ -306,7 +305,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase(
             f"peer.{name}",
             exchange_kernel,
-            {**tensors, **numbers, **({"kept": "*i16"} if constants["KEPT_WIDTH"] else {})},
+            {**tensors, **numbers, **({"kept": "*bf16"} if constants["KEPT_WIDTH"] else {})},
             sizes | constants | ({} if constants["KEPT_WIDTH"] else {"kept": None}),
             shape.num_warps,
         )

@@ -13,6 +13,7 @@ Dimensions: B batch, T tokens, H q/k heads, HV value heads, K, V head dims, N se
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ def backward_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     return launch._replace(**{name: tuned[name] for name in ("scores", "dq", "dk") if name in tuned})
 
 
+@lru_cache(maxsize=256)
 def _shipped_config(device: torch.device, dtype: torch.dtype, K: int, V: int, walks: int) -> BackwardLaunch:
     """Launch settings for head dims K and V; measured on sm_90 for K = V = 128, reasoned for others.
 
@@ -241,7 +243,7 @@ class Slices:
         self.h: Tensor | None = None
         self.dh: Tensor | None = None
         self.M: Tensor | None = None
-        self.carries: Tensor | None = None
+        self.carries: tuple[Tensor, ...] = ()
         self.described: dict[tuple[int, int], TensorDescriptor] = {}  # by (id, width), of tensors that self holds
 
     def bounds(self, size: int = 0) -> list[tuple[int, int, int]]:
@@ -285,15 +287,13 @@ class Slices:
         results = (self.matrices(self.h, bv), self.matrices(self.dh, bv), self.matrices(self.M, bv), out.dv, out.dh0)
         states = (None, initial_state, starts, checkpoint, dht, ends)
         self._walk(index, c0, c1, states, results, None, state_v_first)
-        if c0 == self.prepared_slice[0]:  # slices come last first
-            self.products, self.prepared_slice = None, (0, 0)
 
     def _walk(
         self, index: int, c0: int, c1: int, states: tuple[Tensor | None, ...], results: tuple[Any, ...],
         summaries: Tensor | None, state_v_first: bool, truncate: float | None = None,
     ) -> None:  # fmt: skip
         q, k, v, do, tables = self.q, self.k, self.v, self.do, self.tables
-        X, Yt = self._products(c0, c1, states[0], truncate)
+        X, Yt = self._products(c0, c1, states[0], truncate, summaries is None)
         bv, options = launch_options(self.config.chains)
         directions = 2 if summaries is None else 1
         run_kernel(chains_kernel, directions * tables.num_pieces * self.HV * cdiv(self.V, bv),
@@ -304,7 +304,7 @@ class Slices:
         )  # fmt: skip
 
     def prepare(self, c0: int, c1: int) -> None:
-        """Make X and Yt of chunks c0 .. c1 - 1, kept until the chains of the first of them have been walked."""
+        """Make X and Yt of chunks c0 .. c1 - 1, kept until all is done with the first of them."""
         if not self._has_products(c0, c1):
             self.products, self.prepared_slice = self._multiply(c0, c1), (c0, c1)
 
@@ -312,20 +312,25 @@ class Slices:
         return self.products is not None and self.prepared_slice[0] <= c0 and c1 <= self.prepared_slice[1]
 
     def _products(
-        self, c0: int, c1: int, roles: Tensor | None = None, truncate: float | None = None
+        self, c0: int, c1: int, roles: Tensor | None, truncate: float | None, keep: bool
     ) -> tuple[Tensor, Tensor]:
         """X and Yt of chunks c0 .. c1 - 1; those of a whole batch are kept if they are few, for summaries need them and
-        the walks after them too, unless slices are small to save memory. Else those of a summary are made where it
-        goes, as `roles` and `truncate` say."""
+        the walks after them too, unless slices are small to save memory. Else those of a slice are, with `keep`, and
+        those of a summary are made where it goes, as `roles` and `truncate` say."""
         count, size = c1 - c0, self.q.element_size()
         few = self.HV * CHUNK * (self.K + CHUNK) * size * count <= SLICE_BYTES // 2
         lean = self.size < count and not slice_chunks(count, self.HV, self.K, self.V, size)
-        if count == self.tables.num_chunks and few and not lean:
+        if keep or (count == self.tables.num_chunks and few and not lean):
             self.prepare(c0, c1)
         if not self._has_products(c0, c1):
             whole = self.tables.num_pieces == self.tables.num_sequences
             return self._multiply(c0, c1, roles, truncate if whole else None)
+        return self._kept_products(c0, c1)
+
+    def _kept_products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
         assert self.products is not None
+        if (c0, c1) == self.prepared_slice:
+            return self.products
         first = self.prepared_slice[0]
         X, Yt = self.products
         return X[c0 - first : c1 - first], Yt[c0 - first : c1 - first]
@@ -344,9 +349,9 @@ class Slices:
         """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes."""
         if chunks == self.tables.num_chunks:
             return None, None
-        if self.carries is None:
+        if not self.carries:
             shape = (2, self.HV, self.K, self.V)
-            self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
+            self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device).unbind()
         return self.carries[index % 2], self.carries[(index + 1) % 2]
 
     def local(self, c0: int, c1: int, out: Gradients, rows: RowSums) -> None:
@@ -356,31 +361,32 @@ class Slices:
         assert self.dh is not None
         assert self.M is not None
         U, D, F = self._scores(c0, c1)
-        sums = rows.of_slice(c0)
         bv, options = launch_options(self.config.scores)
         M = self.matrices(self.M, bv)
         run_kernel(scores_kernel, (c1 - c0) * self.HV,
             q, k, self.tokens(self.v, bv), self.tokens(do, bv), *self.factors(), self.prepared.Ag,
-            self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, sums.dG, sums.db,
+            self.matrices(self.h, bv), M, chunks, M, self.matrices(U, bv), D, F, rows.dG, rows.db,
             self.scale, c0, *_strides(q, k, self.v, do), LEAST_BETA=least_beta(q.dtype), **options, **self.constants,
         )  # fmt: skip
         bv, options = launch_options(self.config.dk)
         run_kernel(dk_kernel, (c1 - c0) * self.H,
             q, k, self.prepared.G, self.prepared.rk, self.matrices(self.h, bv), self.matrices(self.dh, bv), chunks,
-            self.matrices(self.M, bv), self.matrices(U, bv), D, F, out.dk, sums.k_dots, sums.state_dots,
+            self.matrices(self.M, bv), self.matrices(U, bv), D, F, out.dk, rows.k_dots, rows.state_dots,
             c0, *_strides(q, k), **options, **self.constants,
         )  # fmt: skip
         bv, options = launch_options(self.config.dq)
         run_kernel(dq_kernel, (c1 - c0) * self.H,
             q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D,
-            out.dq, sums.q_dots, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
+            out.dq, rows.q_dots, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
         )  # fmt: skip
+        if c0 == self.prepared_slice[0]:  # slices come last first
+            self.products, self.prepared_slice = None, (0, 0)
 
     def _scores(self, c0: int, c1: int) -> list[Tensor]:
-        """Memory for U, D and F of chunks c0 .. c1 - 1: that of X and Yt, if these are kept still, is done with."""
+        """Memory for U, D and F of chunks c0 .. c1 - 1: X and Yt, if they were kept, are done with."""
         shape, kept = (c1 - c0, self.HV, CHUNK), []
         if self.K == self.V and self._has_products(c0, c1):
-            X, Yt = self._products(c0, c1)
+            X, Yt = self._kept_products(c0, c1)
             kept = [X.view(*shape, self.V), Yt]
         widths = (self.V, CHUNK, CHUNK)[len(kept) :]
         return [*kept, *(torch.empty(*shape, width, dtype=self.q.dtype, device=self.q.device) for width in widths)]
@@ -412,8 +418,9 @@ class Slices:
         return made
 
 
+@lru_cache(maxsize=64)
 def launch_options(launch: tuple[int, ...]) -> tuple[int, dict[str, int]]:
-    """Columns per step, and the keyword arguments of a launch."""
+    """Columns per step, and the keyword arguments of a launch, which nobody may change."""
     block_v, warps, stages, *limit = launch
     options = {"BV": block_v, "STAGES": stages, "num_warps": warps, "num_stages": stages}
     return block_v, options | ({"maxnreg": limit[0]} if limit else {})

@@ -143,11 +143,11 @@ def scores_kernel(
         columns = tl.sum(decayed, 0)
         if dG is not None:
             part = tl.where(valid, tl.sum(decayed, 1) - columns + w_dot_ks, 0.0)
-            tl.store(dG + own * C + i_c, part + tl.where(i_c == C - 1, -0.5 * tl.sum(w_dot_ks, 0), 0.0))
+            tl.store(dG + (chunk * HV + hv) * C + i_c, part + tl.where(i_c == C - 1, -0.5 * tl.sum(w_dot_ks, 0), 0.0))
         if db is not None:
             share = second_share(b, LEAST_BETA)
             first = (1.0 - share * b) * (m_dot_r - tl.sum(EKK, 1))
-            tl.store(db + own * C + i_c, first + share * (columns + diagonal - 0.5 * w_dot_ks))
+            tl.store(db + (chunk * HV + hv) * C + i_c, first + share * (columns + diagonal - 0.5 * w_dot_ks))
 
 
 @triton.jit(do_not_specialize=["c0"])
@@ -193,7 +193,7 @@ def dq_kernel(
             # Loaded where it is used: held in registers all along, the tile would cost a program on the multiprocessor.
             q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
             so_far = tl.sum(tl.trans(q_tile).to(tl.float32) * dq_t, 0)
-            tl.store(q_dots + own * C + i_c, so_far - q_dot)
+            tl.store(q_dots + (chunk * HV + hv) * C + i_c, so_far - q_dot)
             q_dot = so_far
     k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
     for j in range(HV // H):
@@ -244,10 +244,10 @@ def dk_kernel(
         if k_dots is not None:
             k_tile = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
             so_far = tl.sum(tl.trans(k_tile).to(tl.float32) * dk_t, 0)
-            tl.store(k_dots + own * C + i_c, so_far - k_dot)
+            tl.store(k_dots + (chunk * HV + hv) * C + i_c, so_far - k_dot)
             k_dot = so_far
             lam = tl.exp(tl.load(G + (chunk * HV + hv) * C + C - 1))
-            tl.store(state_dots + own, lam * tl.sum(state_dot))
+            tl.store(state_dots + chunk * HV + hv, lam * tl.sum(state_dot))
     k_tile = load_rows(k_at, 0, n_rows, stride_kt, K, BK, C)
     q_tile = load_rows(q + row * stride_qt + hk * stride_qh, 0, n_rows, stride_qt, K, BK, C)
     for j in range(HV // H):

@@ -47,10 +47,6 @@ class RowSums(NamedTuple):
     k_dots: Tensor | None
     state_dots: Tensor | None
 
-    def of_slice(self, c0: int) -> RowSums:
-        """Those of the chunks from c0 on."""
-        return RowSums(*(None if x is None else x[c0:] for x in self)) if c0 else self
-
 
 def row_sums(num_chunks: int, HV: int, device: torch.device, gate: bool, beta: bool) -> RowSums:
     """Empty sums for the gradients of the gate and of beta, those that are wanted."""

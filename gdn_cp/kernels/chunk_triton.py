@@ -21,9 +21,10 @@ from torch import Tensor
 
 from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.bwd_slices import slice_chunks
-from gdn_cp.kernels.chunk_bwd import chunk_gated_delta_rule_bwd
+from gdn_cp.kernels.chunk_bwd import Gradients, chunk_gated_delta_rule_bwd
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
+from gdn_cp.kernels.configs import cdiv
 from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
 
@@ -47,14 +48,14 @@ def unsupported(call: DeltaRuleCall) -> str | None:
     return None
 
 
-def _absent(like: Tensor) -> Tensor:
-    """Stands for None among the results of a custom operation."""
-    return like.new_empty(0, dtype=torch.float32)
+def _or_empty(x: Tensor | None, like: Tensor, *dims: int) -> Tensor:
+    """A result of a custom operation, which None cannot be: [0, *dims] stands for it."""
+    return like.new_empty((0, *dims), dtype=torch.float32) if x is None else x
 
 
-def _no_states(like: Tensor, *dims: int) -> Tensor:
-    """Stands for no pieces: their number may be 0 or not where shapes are symbols, their rank is fixed."""
-    return like.new_empty((0, *dims), dtype=torch.float32)
+def _or_none(x: Tensor | None) -> Tensor | None:
+    """x, None if it has no elements."""
+    return x if x is not None and x.numel() else None
 
 
 def _checkpoints(num_chunks: int, length: int, HV: int, K: int, V: int) -> tuple[int, ...]:
@@ -80,8 +81,8 @@ def rule_forward(
     state_v_first: bool,
     intra_card: int | None,
     lean: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(o, final state, G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries), empty tensors for None.
+) -> tuple[Tensor, Tensor | None, tuple[Tensor | None, ...]]:
+    """o, the final state and, for the backward, (G, bt, rq, rk, Ag, checkpoints, piece states, piece summaries).
 
     With `lean` the backward takes less memory and a few more launches, see `bwd_slices`.
     """
@@ -105,7 +106,10 @@ def rule_forward(
         use_beta_sigmoid_in_kernel=use_beta_sigmoid_in_kernel,
     )
     length = slice_chunks(tables.num_chunks, HV, K, V, q.element_size(), lean)
-    checkpoints = q.new_empty(_checkpoints(tables.num_chunks, length, HV, K, V), dtype=torch.float32)
+    checkpoints = None
+    if length:
+        shape = (cdiv(tables.num_chunks, length), HV, K, V)
+        checkpoints = torch.empty(shape, dtype=torch.float32, device=q.device)
     o, final, pieces = chain_forward(
         q,
         k,
@@ -117,19 +121,28 @@ def rule_forward(
         output_final_state=output_final_state,
         state_v_first=state_v_first,
         launch=plan.launch,
-        checkpoints=checkpoints if length else None,
+        checkpoints=checkpoints,
         slice_chunks=length,
     )
-    kept = (prepared.G, prepared.bt, prepared.rq, prepared.rk, prepared.Ag)
     if pieces is None or not plan.backward_cut:
-        pieces = _no_states(q, HV, K, V), _no_states(q, HV, K, V + K)
-    G, bt, rq, rk, Ag = (_absent(q) if x is None else x for x in kept)
-    return o, _absent(q) if final is None else final, G, bt, rq, rk, Ag, checkpoints, *pieces
+        pieces = None, None
+    p = prepared
+    return o, final, (p.G, p.bt, p.rq, p.rk, p.Ag, checkpoints, *pieces)
+
+
+def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """`rule_forward` with empty tensors for None. Those of pieces have their rank: their number may be 0 or not where
+    shapes are symbols."""
+    o, final, (*kept, starts, sums) = rule_forward(*arguments)
+    q, v = arguments[0], arguments[2]
+    (HV, V), K = v.shape[2:], q.shape[3]
+    results = (_or_empty(x, q) for x in (final, *kept))
+    return o, *results, _or_empty(starts, q, HV, K, V), _or_empty(sums, q, HV, K, V + K)
 
 
 _forward = torch.library.custom_op(
     "gdn_cp::chunk_gated_delta_rule_fwd",
-    rule_forward,
+    _forward_op,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, float scale, Tensor? initial_state, "
     "bool output_final_state, Tensor? A_log, Tensor? dt_bias, Tensor? cu_seqlens, bool use_qk_l2norm_in_kernel, "
@@ -184,12 +197,12 @@ def rule_backward(
     beta: Tensor | None,
     G: Tensor,
     bt: Tensor,
-    rq: Tensor,
-    rk: Tensor,
+    rq: Tensor | None,
+    rk: Tensor | None,
     Ag: Tensor,
-    checkpoints: Tensor,
-    starts: Tensor,
-    sums: Tensor,
+    checkpoints: Tensor | None,
+    starts: Tensor | None,
+    sums: Tensor | None,
     scale: float,
     initial_state: Tensor | None,
     A_log: Tensor | None,
@@ -204,17 +217,19 @@ def rule_backward(
     overwrite_q: bool = False,
     shares: int = 1,
     share: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias); a tensor without elements stands for None.
+) -> Gradients:
+    """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias), given what `rule_forward` kept; empty tensors may stand for None.
 
     With `overwrite_q` dq takes the memory of q, which nobody may need any more. `shares`, `share`: see
     `chunk_gated_delta_rule_bwd`.
     """
     norm = use_qk_l2norm_in_kernel
     pieces: dict[str, Any] = {}
-    if starts.numel():
+    starts = _or_none(starts)
+    if starts is not None:
+        assert sums is not None
         pieces = {"piece_states": (starts, sums), "piece_chunks": piece_chunks}
-    gradients = chunk_gated_delta_rule_bwd(
+    return chunk_gated_delta_rule_bwd(
         even_rows(do),
         dht,
         even_rows(q),
@@ -234,13 +249,11 @@ def rule_backward(
         state_v_first=state_v_first,
         need_dh0=need_dh0,
         overwrite_q=overwrite_q,
-        checkpoints=checkpoints if checkpoints.numel() else None,
+        checkpoints=_or_none(checkpoints),
         shares=shares,
         share=share,
         **pieces,
     )
-    dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias = (_absent(q) if x is None else x for x in gradients)
-    return dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias
 
 
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
@@ -249,7 +262,7 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     *rest, intra_card = arguments
     q, v, sums, cu_seqlens = rest[2], rest[4], rest[14], rest[19]
     cut = piece_chunks(q, v, cu_seqlens, intra_card) if sums.numel() else 0
-    *gradients, ddt_bias = rule_backward(*rest, piece_chunks=cut)
+    *gradients, ddt_bias = (_or_empty(x, q) for x in rule_backward(*rest, piece_chunks=cut))
     return *gradients, ddt_bias.clone()  # the results of a custom operation must not share memory
 
 

@@ -82,9 +82,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+# `torch.cuda.current_device` without its check whether CUDA has been started: whoever asks here has tensors there.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+
 def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make `device` the current one if it is another GPU: Triton launches on the current one, wherever tensors are."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    elsewhere = device.type == "cuda" and device.index != current_device()
     return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
@@ -94,7 +98,7 @@ def launches(function: Callable[Concatenate[Tensor, _Rest], _Result]) -> Callabl
     @wraps(function)
     def run(x: Tensor, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
         device = x.device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
+        if device.type != "cuda" or device.index == current_device():
             return function(x, *args, **kwargs)
         with torch.cuda.device(device):
             return function(x, *args, **kwargs)

@@ -19,7 +19,7 @@ def test_kernels_are_launched_on_the_device_of_their_tensors(device, entered, mo
         log.append(str(device))
         yield
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(configs, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "device", enter)
     launch = configs.launches(lambda x, y, *, z: (log.copy(), y, z))
     x: Any = SimpleNamespace(device=torch.device(device))

@@ -68,6 +68,7 @@ class Driver:
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     stub = Driver()
     monkeypatch.setattr(triton.runtime.driver, "_active", stub)
+    monkeypatch.setattr(launch, "current_device", stub.get_current_device)
     monkeypatch.setattr(launch, "_classes", {})
     return stub
 
