@@ -7,7 +7,8 @@ function serves both. Under zigzag with 2 groups of 2 ranks (8 chunks of a seque
     rank   0 1 2 3 3 2 1 0
     group  0 0 1 1 1 1 0 0
 
-Group 1's two runs touch and are one run.
+Group 1's two runs touch. They stay two, so that every part of every sequence is as many runs of the same length, and a
+rank that takes them one by one is busy for as long as the others.
 
 Dimensions: N sequences, P parts, R runs.
 """
@@ -87,30 +88,33 @@ def check_cut(cut: Cut, cu: np.ndarray, parts: int) -> None:
 def cut_batch(cut: Cut, cu: np.ndarray, parts: int) -> Runs:
     """Cut the batch with boundaries `cu` (int64 [N+1]) into `parts` equal parts; `check_cut` must have passed.
 
-    Runs of one sequence that touch within a part are one run, so with one part the runs are the sequences themselves,
-    zero-length ones included. The number of runs per part depends on N alone, except under FLAT.
+    With one part the runs are the sequences themselves, zero-length ones included; else every part has as many runs of
+    a sequence, except under FLAT.
 
     >>> runs = cut_batch(Cut.ZIGZAG, np.array([0, 4, 12]), 2)
     >>> [runs.part(p).rows(np.array([0, 4, 12])).tolist() for p in range(2)]
     [[0, 3, 4, 5, 10, 11], [1, 2, 6, 7, 8, 9]]
+    >>> runs.length.tolist()
+    [1, 1, 2, 2, 1, 1, 2, 2]
     """
     return {Cut.ZIGZAG: _zigzag, Cut.FLAT: _flat, Cut.EACH: _each}[cut](cu, parts)
 
 
 def _zigzag(cu: np.ndarray, parts: int) -> Runs:
+    if parts == 1:
+        return _each(cu, 1)
     lengths = np.diff(cu)
     count = lengths.size
     chunk = lengths // (2 * parts)
-    part = np.arange(parts - 1)[:, None]  # every part but the last has two runs per sequence
-    start = np.stack([part * chunk, lengths - (part + 1) * chunk], axis=-1).reshape(-1)
-    order = np.broadcast_to(np.stack([part, 2 * parts - 2 - part], axis=-1), (parts - 1, count, 2)).reshape(-1)
-    middle = (parts - 1) * chunk  # the last part's two runs meet in the middle of the sequence
+    part = np.arange(parts)[:, None]
+    start = np.stack([part * chunk, lengths - (part + 1) * chunk], axis=-1)
+    order = np.broadcast_to(np.stack([part, 2 * parts - 1 - part], axis=-1), (parts, count, 2))
     return Runs(
-        offsets=np.append(np.arange(parts) * 2 * count, (2 * parts - 1) * count),
-        sequence=np.concatenate([np.tile(np.repeat(np.arange(count), 2), parts - 1), np.arange(count)]),
-        start=np.concatenate([start, middle]),
-        length=np.concatenate([np.tile(np.repeat(chunk, 2), parts - 1), lengths - 2 * middle]),
-        order=np.concatenate([order, np.full(count, parts - 1)]),
+        offsets=np.arange(parts + 1) * 2 * count,
+        sequence=np.tile(np.repeat(np.arange(count), 2), parts),
+        start=start.reshape(-1),
+        length=np.tile(np.repeat(chunk, 2), parts),
+        order=order.reshape(-1),
     )
 
 

@@ -4,10 +4,11 @@ A causal convolution of W taps reads up to W-1 tokens back. Where a segment begi
 segments, on other ranks as a rule and, where segments are shorter than W-1, on several. A segment that begins d < W-1
 tokens into its sequence has only d tokens before it; what would lie before the sequence is zero and does not travel.
 
-Example, W = 4, one sequence of 8 tokens, zigzag on 2 ranks: rank 0 holds 0 1 | 6 7, rank 1 holds 2 3 4 5.
+Example, W = 4, one sequence of 8 tokens, zigzag on 2 ranks: rank 0 holds 0 1 | 6 7, rank 1 holds 2 3 | 4 5.
 
     halo of rank 0   tokens 3 4 5 (all of rank 1), before its second segment; the first begins the sequence
-    halo of rank 1   tokens 0 1 (of rank 0); the sequence has no more before token 2
+    halo of rank 1   tokens 0 1 (of rank 0) before its first segment, for the sequence has no more; 1 2 3 before its
+                     second, of which two are its own
 
 The backward sends each halo row's gradient to the row's owner, who adds what it gets in a fixed order.
 

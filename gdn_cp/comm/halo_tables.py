@@ -5,10 +5,10 @@ launch, the convolution reads the rows before its segments from what arrives, an
 into what is sent back; who gets them adds them to its rows in one launch. A few rows are gathered by all ranks, which
 is one collective of less latency; many go to whoever wants them in an all-to-all.
 
-Example, zigzag of 8 tokens on 2 ranks, W = 4: rank 0 holds 0 1 | 6 7, rank 1 2 3 4 5. Gathered, each sends three rows:
+Example, zigzag of 8 tokens on 2 ranks, W = 4: rank 0 holds 0 1 | 6 7, rank 1 2 3 | 4 5. Gathered, each sends four rows:
 
-    rank 0    sends 0 1 -, gets (0 1 - | 3 4 5); before its second segment stand, the nearest first, rows 5 4 3 of these
-    rank 1    sends 3 4 5; before its segment stand rows 1 0 and none
+    rank 0    sends 0 1 - -, gets (0 1 - - | 2 3 4 5); before its second segment stand, the nearest first, rows 7 6 5
+    rank 1    sends 2 3 4 5; before its first segment stand rows 1 0 and none, before its second 5 4 1
 
 Dimensions: n segments of this rank, W taps, S rows sent, O rows of this rank that anyone's halo has, C how often at
 most.

@@ -1,14 +1,15 @@
 """Segments and chains: what a group of ranks owns of every sequence once its ranks have traded tokens for heads.
 
 A group of a = `a2a_size` neighbouring ranks ends its all-to-all with all of its tokens on each rank (and 1/a of the
-heads). Its segments are the runs of consecutive tokens it then holds. A sequence's chain is the order in which the
+heads). Its segments are the runs of consecutive tokens it then holds (zigzag: two of every sequence, also where they
+touch; with one group the sequences themselves). A sequence's chain is the order in which the
 state visits segments: through groups and, inside a group's buffer, slots.
 
 Example: zigzag, 4 ranks, a = 2, one sequence of 16 tokens. Group 0 owns tokens 0-3 and 12-15, group 1 tokens 4-11:
 
     group 0   cu_seqlens (0, 4, 8)   starts (0, 12)
-    group 1   cu_seqlens (0, 8)      starts (4,)
-    chain     (0, 0) -> (1, 0) -> (0, 1)
+    group 1   cu_seqlens (0, 4, 8)   starts (4, 8)
+    chain     (0, 0) -> (1, 0) -> (1, 1) -> (0, 1)
 
 Dimensions: N sequences, S segments of one group, Tg tokens of one group.
 """

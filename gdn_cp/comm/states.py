@@ -6,7 +6,7 @@ chains, and get back the states that enter their segments. So what a rank sends,
 segments and not on the number of ranks, unlike an all-gather of summaries. The backward is the same with the gradients
 of states; M stays at the composer from the forward.
 
-Example, zigzag on 2 ranks, one sequence, 2 heads: segments A (rank 0), B (rank 1), C (rank 0); rank h composes head h.
+Example, contiguous on 3 ranks, one sequence, 3 heads: segments A, B, C on ranks 0, 1, 2; rank h composes head h.
 
     forward    A -> S_ext      B -> S_ext, M                       composer: S_B = A.S_ext, S_C = B.S_ext + M S_B
                B <- S_B        C <- S_C

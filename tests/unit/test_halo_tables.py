@@ -102,8 +102,8 @@ def test_example_and_doctests():
     first, second = (halo_tables(layout, 1, g, 4, None, 8) for g in range(2))
     assert first is not None
     assert second is not None
-    assert (first.sent.tolist(), second.sent.tolist()) == ([0, 1, -1], [1, 2, 3])
-    assert first.before.tolist() == [[-1, -1, -1], [5, 4, 3]]
-    assert second.before.tolist() == [[1, 0, -1]]
+    assert (first.sent.tolist(), second.sent.tolist()) == ([0, 1, -1, -1], [0, 1, 2, 3])
+    assert first.before.tolist() == [[-1, -1, -1], [7, 6, 5]]
+    assert second.before.tolist() == [[1, 0, -1], [5, 4, 1]]
     assert halo_tables(layout, 1, 0, 4, None, 8) is first
     assert doctest.testmod(module).failed == 0

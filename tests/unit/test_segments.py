@@ -81,8 +81,9 @@ def test_a_zigzag_group_is_one_rank_of_a_smaller_zigzag(batch):
         for group in range(groups):
             table = made.segments(a2a_size, group)
             assert natural_rows(table, made.cu_seqlens) == smaller.local_rows(group).tolist()
-            # Runs that touch are one segment: the last group holds the middle of every sequence in one piece.
-            assert len(table.starts) == made.num_sequences * (1 if group == groups - 1 else 2)
+            # As many segments as long for every group, also for the last, which holds the middle of every sequence.
+            assert len(table.starts) == made.num_sequences * (1 if groups == 1 else 2)
+            assert table.cu_seqlens == made.segments(a2a_size, 0).cu_seqlens
 
 
 @pytest.mark.parametrize("kind", ["zigzag", "flat"])
@@ -100,8 +101,8 @@ def test_example_of_the_module():
     made = ThdLayout.zigzag([0, 16], 4)
     first, second = made.segments(2, 0), made.segments(2, 1)
     assert (first.cu_seqlens, first.starts) == ((0, 4, 8), (0, 12))
-    assert (second.cu_seqlens, second.starts) == ((0, 8), (4,))
-    assert made.chains(2) == (((0, 0), (1, 0), (0, 1)),)
+    assert (second.cu_seqlens, second.starts) == ((0, 4, 8), (4, 8))
+    assert made.chains(2) == (((0, 0), (1, 0), (1, 1), (0, 1)),)
 
 
 def test_contiguous_groups_cut_sequences_and_keep_empty_ones():

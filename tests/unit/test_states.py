@@ -160,17 +160,17 @@ def test_a_gather_keeps_the_maps_of_chains_that_touch_the_rank():
         assert (plan.slots, plan.segments) == (2, own)
         assert len(plan.forward.units) == 4 * chains
         assert plan.kept == 0  # no segment lies between two others
-    assert state_gather(ThdLayout.zigzag([0, 16], 4), 1, 2, 4).kept == 4 * 5  # of a chain of seven segments
+    assert state_gather(ThdLayout.zigzag([0, 16], 4), 1, 2, 4).kept == 4 * 6  # of a chain of eight segments
 
 
 def test_only_what_someone_needs_travels():
-    # Zigzag on 2 ranks: A (rank 0), B (rank 1), C (rank 0). C's summary and A's M are of no use; a sequence of
-    # zero length and the second group's single segment add nothing.
+    # Zigzag on 2 ranks: A (rank 0), B, C (rank 1), D (rank 0). D's summary and A's M are of no use; a sequence of
+    # zero length adds nothing.
     layout = ThdLayout.zigzag([0, 0, 8], 2)
     first, second = (state_routes(layout, 1, g, 2) for g in range(2))
     assert (len(first.leaving.rows), len(first.transfer.rows), len(first.entering.rows)) == (2, 0, 2)
-    assert (len(second.leaving.rows), len(second.transfer.rows), len(second.entering.rows)) == (2, 2, 2)
-    assert (first.summarised, second.summarised) == ((2, 3), (1, 2))  # slots; the empty sequence has its own
+    assert (len(second.leaving.rows), len(second.transfer.rows), len(second.entering.rows)) == (4, 4, 4)
+    assert (first.summarised, second.summarised) == ((2, 3), (2, 4))  # slots; the empty sequence has its own
     local = ThdLayout.contiguous([0, 4, 8], 2)  # no sequence crosses the cut
     assert not any(state_routes(local, 1, g, 2).travels for g in range(2))
     assert not state_routes(ThdLayout.zigzag([0, 8], 2), 2, 0, 2).travels  # one group, no cut
