@@ -48,9 +48,9 @@ from gdn_cp.kernels.conv1d_triton import (
     convolve_rows,
     convolve_rows_backward,
 )
-from gdn_cp.kernels.gate_triton import sum_partials
 from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs
+from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
 
 if TYPE_CHECKING:
     from gdn_cp.gated_delta_net import GdnDims
@@ -215,14 +215,15 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     ctx.maybe_clear_saved_tensors()  # from here on only these names hold them, unless the graph is kept
     d_projected = z.new_empty(len(z), columns.width) if in_place else None
     dz = z.new_empty(z.shape) if d_projected is None else d_projected.narrow(1, columns.conv, columns.v)
-    d_o, d_norm = _norm_backward(call, d_out, o, z, parameters, dz)
+    later = LaterSums()  # gradients of parameters, all at the end
+    d_o, d_norm = _norm_backward(call, d_out, o, z, parameters, dz, later)
     del o, z
 
     # q, k, v computed anew may lie where their gradients will: the convolution's backward no longer reads them.
     scratch = None
     if d_projected is not None and columns.width % 8 == 0:
         scratch = d_projected.narrow(1, 0, columns.conv)
-    gradients, dA_log, d_dt_bias = _rule_backward(ctx, x, halo, gates, d_o, parameters, of_rule, scratch)
+    gradients, dA_log, d_dt_bias = _rule_backward(ctx, x, halo, gates, d_o, parameters, of_rule, scratch, later)
     del d_o, gates, of_rule, scratch
 
     buffer = call.transport.in_grad_buffer(dz if d_projected is None else d_projected)
@@ -231,8 +232,9 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     d_weight, d_bias = convolve_rows_backward(
         x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
         buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
-        halo=halo, d_halo=d_halo,
+        halo=halo, d_halo=d_halo, later=later,
     )  # fmt: skip
+    later.launch()
     if call.states is not None and d_halo is not None:
         call.states.return_halo_gradient(d_halo, buffer)
     del x, gradients, halo, halo_rows, d_halo
@@ -248,7 +250,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _norm_backward(
-    call: FusedCall, d_out: Tensor, o: Tensor, z: Tensor, parameters: MixerParameters, dz: Tensor
+    call: FusedCall, d_out: Tensor, o: Tensor, z: Tensor, parameters: MixerParameters, dz: Tensor, later: LaterSums
 ) -> tuple[Tensor, Tensor]:
     """Fill dz; return the gradient of the rule's output, back with the ranks of its heads, and of the norm's weight."""
     dim = call.heads.head_v_dim
@@ -263,13 +265,14 @@ def _norm_backward(
         dx=by_head(d_o, dim),
         dz=by_head(dz, dim),
         padding=call.padding,
+        later=later,
     )
     return call.transport.send_out_grad(d_o), d_norm
 
 
 def _rule_backward(
     ctx: Any, x: Tensor, halo: Halo | None, gates: Tensor, d_o: Tensor, parameters: MixerParameters,
-    of_rule: list[Tensor], scratch: Tensor | None,
+    of_rule: list[Tensor], scratch: Tensor | None, later: LaterSums,
 ) -> tuple[SectionGradients, Tensor, Tensor]:  # fmt: skip
     """The convolution anew, into `scratch` if given, and the rule's gradients (of A_log and dt_bias of all heads)."""
     call: FusedCall = ctx.call
@@ -288,7 +291,7 @@ def _rule_backward(
             d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
             initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
             need_dh0=False, piece_chunks=ctx.piece_chunks, overwrite_q=scratch is None, shares=call.shares,
-            share=call.share, **_RULE,
+            share=call.share, later=later, **_RULE,
         )  # fmt: skip
         dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = found
     by_row = (gradient.view(len(gates), math.prod(gradient.shape[2:])) for gradient in (dq, dk, dv, d_beta, d_alpha))

@@ -41,7 +41,7 @@ from gdn_cp.kernels.configs import (
     multiprocessors,
     power_of_2,
 )
-from gdn_cp.kernels.gate_triton import sum_partials
+from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 from gdn_cp.kernels.tuned import tuned_launches
 from gdn_cp.launch import describe, run_kernel
@@ -130,6 +130,7 @@ def chunk_gated_delta_rule_bwd(
     slices: Slices | None = None,
     shares: int = 1,
     share: int = 0,
+    later: LaterSums | None = None,
 ) -> Gradients:
     """Gradients of `chunk_gated_delta_rule` from those of its output and final state.
 
@@ -146,6 +147,7 @@ def chunk_gated_delta_rule_bwd(
             [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in.
         slices: what `start_backward` gave for the same arguments, if it was called before.
         shares, share: these heads are the share-th of so many; dA_log and ddt_bias are [shares * HV], zeros elsewhere.
+        later: whose launch fills these two; None: at once.
 
     Returns:
         Gradients: dq, dk, dv, dg, dbeta in the dtypes of the inputs; dh0, dA_log, ddt_bias float32.
@@ -175,7 +177,7 @@ def chunk_gated_delta_rule_bwd(
     )  # fmt: skip
     if parts is None:
         return out
-    dA_log, ddt_bias = sum_partials(parts, shares=shares, share=share).unbind()
+    dA_log, ddt_bias = sum_partials(parts, shares=shares, share=share, later=later).unbind()
     return out._replace(dA_log=dA_log, ddt_bias=ddt_bias if dt_bias is not None else None)
 
 

@@ -26,6 +26,7 @@ from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
 from gdn_cp.kernels.configs import cdiv
 from gdn_cp.kernels.piece_plan import chain_plan
+from gdn_cp.kernels.sums_triton import LaterSums
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
 
 MAX_HEAD_DIM = 256
@@ -217,10 +218,11 @@ def rule_backward(
     overwrite_q: bool = False,
     shares: int = 1,
     share: int = 0,
+    later: LaterSums | None = None,
 ) -> Gradients:
     """(dq, dk, dv, dg, dbeta, dh0, dA_log, ddt_bias), given what `rule_forward` kept; empty tensors may stand for None.
 
-    With `overwrite_q` dq takes the memory of q, which nobody may need any more. `shares`, `share`: see
+    With `overwrite_q` dq takes the memory of q, which nobody may need any more. `shares`, `share`, `later`: see
     `chunk_gated_delta_rule_bwd`.
     """
     norm = use_qk_l2norm_in_kernel
@@ -252,6 +254,7 @@ def rule_backward(
         checkpoints=_or_none(checkpoints),
         shares=shares,
         share=share,
+        later=later,
         **pieces,
     )
 

@@ -379,36 +379,6 @@ def _added(sums, d, newest, window, W: tl.constexpr):
     return added + (sums[W] + d,)
 
 
-@triton.jit(do_not_specialize=["num_partials", "share"])
-def conv1d_reduce_kernel(
-    partial, dweight, dbias, num_partials, share,
-    QK: tl.constexpr, V: tl.constexpr, SHARES: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):  # fmt: skip
-    """One program: the sum over the first dimension of partial [P, W + 1, D] for one tap (or the bias) and BD channels
-    of the parameters, blocks of ROWS partials one after the other, then one tree. dweight is [SHARES * D, W]; channels
-    of other shares become zeros."""
-    D: tl.constexpr = 2 * QK + V
-    n_d: tl.constexpr = (SHARES * D + BD - 1) // BD
-    j, i_d = tl.program_id(0) // n_d, tl.program_id(0) % n_d
-    o_p, o_r = i_d * BD + tl.arange(0, BD), tl.arange(0, ROWS)
-    m_p = o_p < SHARES * D
-    section = (o_p >= SHARES * QK).to(tl.int32) + (o_p >= SHARES * 2 * QK).to(tl.int32)
-    width = tl.where(section < 2, QK if QK > 0 else 1, V)
-    column = o_p - section * (SHARES * QK)
-    own = m_p & (column // width == share)
-    o_d = section * QK + column - share * width
-    sums = tl.zeros([ROWS, BD], tl.float32)
-    for start in range(0, num_partials, ROWS):
-        row = (start + o_r[:, None]).to(tl.int64) * (W + 1) + j
-        mask = (start + o_r[:, None] < num_partials) & own[None, :]
-        sums += tl.load(partial + row * D + o_d[None, :], mask=mask, other=0.0)
-    total = tl.sum(sums, axis=0)
-    tl.store(dweight + o_p * W + (W - 1 - j), total.to(dweight.dtype.element_ty), mask=m_p & (j < W))
-    if HAS_BIAS:
-        tl.store(dbias + o_p, total.to(dbias.dtype.element_ty), mask=m_p & (j == W))
-
-
 def compile_cases() -> list[CompileCase]:
     """None: `conv1d_triton` launches these kernels and knows their configurations."""
     return []

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels.configs import cdiv, launches, multiprocessors, power_of_2
-from gdn_cp.kernels.conv1d_kernels import conv1d_backward_kernel, conv1d_forward_kernel, conv1d_reduce_kernel
+from gdn_cp.kernels.conv1d_kernels import conv1d_backward_kernel, conv1d_forward_kernel
+from gdn_cp.kernels.sums_triton import LaterSums, TapSums, sum_taps
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 from gdn_cp.launch import run_kernel
 
@@ -168,7 +169,7 @@ def convolve_rows_backward(
     x: Tensor, gradients: SectionGradients | Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
     channels: Channels, dx: Tensor, *, silu: bool = True, parameters: bool = True, rows: Tensor | None = None,
     dx_rows: Tensor | None = None, gates: GateColumns | None = None, halo: Halo | None = None,
-    d_halo: Halo | None = None,
+    d_halo: Halo | None = None, later: LaterSums | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write the gradient of x (and of the copied columns) to dx [R, at least D], whose rows `dx_rows` places, columns
     as `channels` and `gates` say; other columns are left alone, padded rows become zeros.
@@ -177,7 +178,7 @@ def convolve_rows_backward(
     `halo` as there. With `halo`, `d_halo` receives its rows' gradients, where `at` says; other rows are left alone.
 
     Returns (dweight, dbias) in the parameters' shapes and dtypes, zeros for channels of other shares; empty without
-    `parameters`, dbias also without a bias.
+    `parameters`, dbias also without a bias. With `later` they are filled when that is launched.
     """
     D, W = channels.count, weight.shape[1]
     one_section = isinstance(gradients, Tensor)
@@ -200,12 +201,9 @@ def convolve_rows_backward(
         MAPPED=rows is not None, DX_MAPPED=dx_rows is not None, HALO=halo is not None,
     )  # fmt: skip
     if parameters:
-        width = channels.shares * D
-        block = min(32, power_of_2(width))
-        run_kernel(conv1d_reduce_kernel, (W + (bias is not None)) * cdiv(width, block),
-            partial, dweight, dbias, programs, channels.share, QK=channels.qk, V=channels.v, SHARES=channels.shares,
-            W=W, ROWS=64, BD=block, HAS_BIAS=bias is not None, num_warps=4,
-        )  # fmt: skip
+        d_bias = None if bias is None else dbias
+        c = channels
+        sum_taps(TapSums(partial, dweight, d_bias, qk=c.qk, v=c.v, shares=c.shares, share=c.share), later)
     return dweight, dbias
 
 
@@ -295,11 +293,8 @@ def compile_cases() -> list[CompileCase]:
         *_cases_of("exchange/kept", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8, keep=True),
         *_cases_of("halo", "*bf16", "*bf16", Channels(2048, 4096), heads=32, halo=True),
     ]
-    from gdn_cp.kernels.compile_report import CompileCase
 
-    sums = {"partial": "*fp32", "dweight": "*bf16", "dbias": "*bf16", "num_partials": "i32", "share": "i32"}
-    constants = {"QK": 512, "V": 1024, "SHARES": 4, "W": 4, "ROWS": 64, "BD": 32, "HAS_BIAS": True}
-    return [*cases, CompileCase("conv1d.reduce", conv1d_reduce_kernel, sums, constants)]
+    return cases
 
 
 def _cases_of(

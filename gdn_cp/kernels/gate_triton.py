@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import cdiv, launches, power_of_2
+from gdn_cp.kernels.sums_triton import sum_partials
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, dense
 from gdn_cp.launch import run_kernel
 
@@ -126,48 +127,6 @@ def gate_backward_kernel(
         sum_x += tl.sum(tl.where(mask, dx, 0.0), axis=0)
     tl.store(partial + (i_p * 2) * HV + o_h, sum_a, mask=m_h)
     tl.store(partial + (i_p * 2 + 1) * HV + o_h, sum_x, mask=m_h)
-
-
-@triton.jit(do_not_specialize=["share"])
-def sum_partials_kernel(
-    partial, total, num_partials, share,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, SHARES: tl.constexpr, ROWS: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """sum over i of partial[i, j] for BW columns j, in the order of i: blocks of ROWS, then one tree.
-
-    With SHARES the sum of column j goes to its place among the heads of all shares, and 0 to the other shares' places:
-    for WIDTH = 4, HEADS = 2, SHARES = 2 and share 1, columns 0 1 2 3 go to 2 3 6 7. Only the stores know of that: loads
-    through computed places would be laid out after HEADS, and a head's sum would depend on how many there are.
-    """
-    o_w = tl.program_id(0) * BW + tl.arange(0, BW)
-    o_r = tl.arange(0, ROWS)
-    sums = tl.zeros([ROWS, BW], tl.float32)
-    for start in range(0, num_partials, ROWS):
-        mask = (start + o_r[:, None] < num_partials) & (o_w[None, :] < WIDTH)
-        sums += tl.load(partial + (start + o_r[:, None]) * WIDTH + o_w[None, :], mask=mask, other=0.0)
-    summed = tl.sum(sums, axis=0)
-    for other in tl.static_range(SHARES):
-        place = (o_w // HEADS * SHARES + other) * HEADS + o_w % HEADS
-        value = tl.where(other == share, summed, 0.0)
-        tl.store(total + place, value.to(total.dtype.element_ty), mask=o_w < WIDTH)
-
-
-def sum_partials(partial: Tensor, dtype: torch.dtype = torch.float32, shares: int = 1, share: int = 0) -> Tensor:
-    """Sum of float32 partial sums [n, ..., heads] over the first dimension, always in the same order, as `dtype`.
-
-    The result [..., shares * heads] has zeros in all places but those of the share-th of `shares` ranks' heads.
-    """
-    *dims, heads = partial.shape[1:]
-    width = partial.shape[1:].numel()
-    total = torch.empty(*dims, shares * heads, dtype=dtype, device=partial.device)
-    if partial.shape[0] == 0:
-        return total.zero_()
-    block = 32  # whatever the width, so that a head's sum has the same order among few heads and among many
-    run_kernel(
-        sum_partials_kernel, cdiv(width, block), partial, total, partial.shape[0], share,
-        WIDTH=width, HEADS=heads, SHARES=shares, ROWS=64, BW=block, num_warps=4,
-    )  # fmt: skip
-    return total
 
 
 def _grid(g: Tensor, cu_seqlens: Tensor | None, cumsum: bool) -> tuple[Tensor | None, int, int]:
@@ -287,8 +246,4 @@ def compile_cases() -> list[CompileCase]:
         suffix = "cumsum" if cumsum else "plain"
         cases.append(CompileCase(f"gate.forward/{suffix}", gate_forward_kernel, {**forward, **table}, mode))
         cases.append(CompileCase(f"gate.backward/{suffix}", gate_backward_kernel, {**backward, **table}, mode))
-    sums = {"partial": "*fp32", "total": "*fp32", "num_partials": "i32", "share": "i32"}
-    for name, shares in (("sum", 1), ("sum of a share", 4)):
-        sizes = {"WIDTH": 64 // shares, "HEADS": 32 // shares, "SHARES": shares, "ROWS": 64, "BW": 32}
-        cases.append(CompileCase(f"gate.{name}", sum_partials_kernel, sums, sizes))
     return cases

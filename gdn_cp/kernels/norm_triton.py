@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gdn_cp.kernels.activations_triton import sigmoid
 from gdn_cp.kernels.configs import cdiv, launches, multiprocessors, power_of_2
-from gdn_cp.kernels.gate_triton import sum_partials
+from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
 from gdn_cp.launch import run_kernel
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def gate_heads(
 @launches
 def gate_heads_backward(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, eps: float, dx: Tensor, dz: Tensor,
-    *, padding: Tensor | None = None,
+    *, padding: Tensor | None = None, later: LaterSums | None = None,
 ) -> Tensor:  # fmt: skip
     """Write the gradients of x and z, zeros for padded tokens, and return that of weight.
 
@@ -198,6 +198,7 @@ def gate_heads_backward(
         dy: [tokens, H, V], last stride 1, as `gate_heads` gave y.
         x, z, weight, eps, padding: as there.
         dx: [blocks, tokens, HB, V], heads V apart, any number of blocks. dz: [tokens, H, V], heads V apart.
+        later: whose launch fills the gradient of weight; None: at once.
     """
     tokens, H, V = z.shape
     assert dx.stride(2) == dz.stride(1) == V or H == 1
@@ -213,7 +214,7 @@ def gate_heads_backward(
         *z.stride()[:2], *dy.stride()[:2], *dx.stride()[:2], dz.stride(0),
         **sizes, HB=x.shape[2], DX_HB=dx.shape[2], HAS_PADDING=padding is not None, num_warps=NUM_WARPS,
     )  # fmt: skip
-    return sum_partials(partial, weight.dtype)
+    return sum_partials(partial, weight.dtype, later=later)
 
 
 def norm_forward(x: Tensor, z: Tensor, weight: Tensor, eps: float) -> Tensor:

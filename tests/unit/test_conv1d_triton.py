@@ -24,6 +24,7 @@ from gdn_cp.kernels.conv1d_triton import (
     convolve_rows,
     convolve_rows_backward,
 )
+from gdn_cp.kernels.sums_triton import TapSums, sum_taps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 2e-5
@@ -167,8 +168,7 @@ def test_repetition_gives_the_same_bits():
 def test_sum_of_partials_spans_many_blocks():
     partial = torch.randn(130, 3, 5, generator=torch.Generator().manual_seed(2)).to(DEVICE)
     dweight, dbias = torch.empty(5, 2, device=DEVICE), torch.empty(5, device=DEVICE)
-    sizes = {"QK": 0, "V": 5, "SHARES": 1, "W": 2, "ROWS": 64, "BD": 4, "HAS_BIAS": True}
-    conv1d_triton.conv1d_reduce_kernel[(6,)](partial, dweight, dbias, 130, 0, **sizes)
+    sum_taps(TapSums(partial, dweight, dbias, qk=0, v=5, shares=1, share=0))
     total = partial.double().sum(0)
     assert relative_error(dweight, total[:2].flip(0).t()) < TOLERANCE
     assert relative_error(dbias, total[2]) < TOLERANCE

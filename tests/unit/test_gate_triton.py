@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gdn_cp.kernels.gate import fused_gdn_gate_chunk_cumsum, gdn_gate_reference
-from gdn_cp.kernels.gate_triton import gate_backward, gdn_gate_backward_op, gdn_gate_op, sum_partials
+from gdn_cp.kernels.gate_triton import gate_backward, gdn_gate_backward_op, gdn_gate_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = 1e-5
@@ -112,21 +112,6 @@ def test_repetition_gives_the_same_bits():
     inputs = make_inputs(1, 150, 5)
     first, second = (gdn_gate_backward_op(inputs[0], *inputs, None, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-def test_sum_of_partials_spans_many_blocks():
-    partial = torch.randn(200, 3, 5, generator=torch.Generator().manual_seed(2)).to(DEVICE)
-    assert relative_error(sum_partials(partial), partial.double().sum(0)) < TOLERANCE
-    assert not sum_partials(partial[:0]).any()
-
-
-@pytest.mark.parametrize(("heads", "shares", "share"), [(3, 1, 0), (5, 3, 2), (40, 2, 0)])
-def test_sums_go_to_their_place_among_the_heads_of_all_shares(heads, shares, share):
-    partial = torch.randn(70, 2, heads, device=DEVICE)
-    placed = sum_partials(partial, shares=shares, share=share).view(2, shares, heads)
-    assert torch.equal(placed[:, share], sum_partials(partial))
-    assert not placed[:, [other for other in range(shares) if other != share]].any()
-    assert not sum_partials(partial[:0], shares=shares, share=share).any()
 
 
 def test_no_tokens():
