@@ -9,8 +9,10 @@ Dimensions: P partial sums, HV value heads, D channels of the convolution, W tap
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -193,27 +195,39 @@ def _launch(columns: list[ColumnSums], taps: TapSums | None) -> None:
 
 @launches
 def _run(_: Tensor, first: ColumnSums | None, other: ColumnSums | None, taps: TapSums | None) -> None:
-    programs, arguments, constants = 0, [], {}
-    for prefix, job in (("", first), ("OTHER_", other)):
-        width, heads, shares = 0, 1, 1
+    of_columns, arguments = [], []
+    for job in (first, other):
         if job is None:
+            of_columns.append((0, 1, 1))
             arguments += [None, None, 0, 0]
         else:
-            width, heads, shares = job.partial.shape[1:].numel(), job.partial.shape[-1], job.shares
-            arguments += [job.partial, job.total, job.partial.shape[0], job.share]
-            programs += cdiv(width, COLUMNS)
-        constants |= {f"{prefix}WIDTH": width, f"{prefix}HEADS": heads, f"{prefix}SHARES": shares}
-    sizes: dict[str, Any] = {"QK": 0, "V": 1, "TAPS_SHARES": 1, "W": 1, "BD": 1}
+            count, *dims = job.partial.shape
+            of_columns.append((math.prod(dims), dims[-1], job.shares))
+            arguments += [job.partial, job.total, count, job.share]
+    of_taps, with_bias = (0, 0, 1, 0), False
     if taps is None:
         arguments += [None, None, None, 0, 0]
     else:
-        count, with_bias, D = taps.partial.shape
-        W, width = with_bias - 1, taps.shares * D
-        block = min(32, power_of_2(width))
+        count, rows, _D = taps.partial.shape
+        of_taps, with_bias = (taps.qk, taps.v, taps.shares, rows - 1), taps.dbias is not None
         arguments += [taps.partial, taps.dweight, taps.dbias, count, taps.share]
-        sizes = {"QK": taps.qk, "V": taps.v, "TAPS_SHARES": taps.shares, "W": W, "BD": block}
-        programs += (W + (taps.dbias is not None)) * cdiv(width, block)
-    run_kernel(sums_kernel, programs, *arguments, **constants, **sizes, ROWS=ROWS, BW=COLUMNS, num_warps=4)
+    programs, constants = _sizes(*of_columns, of_taps, with_bias)
+    run_kernel(sums_kernel, programs, *arguments, **constants)
+
+
+@lru_cache(maxsize=64)
+def _sizes(
+    first: tuple[int, int, int], other: tuple[int, int, int], taps: tuple[int, int, int, int], with_bias: bool
+) -> tuple[int, dict[str, int]]:
+    """Programs and constants for (width, heads, shares) of sums of columns and (qk, v, shares, W) of taps."""
+    qk, v, shares, W = taps
+    width = shares * (2 * qk + v)
+    block = min(32, power_of_2(max(width, 1)))
+    programs = cdiv(first[0], COLUMNS) + cdiv(other[0], COLUMNS) + (W + with_bias) * cdiv(width, block)
+    constants = dict(zip(("WIDTH", "HEADS", "SHARES"), first, strict=True))
+    constants |= dict(zip(("OTHER_WIDTH", "OTHER_HEADS", "OTHER_SHARES"), other, strict=True))
+    constants |= dict(zip(("QK", "V", "TAPS_SHARES", "W"), taps, strict=True))
+    return programs, constants | {"ROWS": ROWS, "BW": COLUMNS, "BD": block, "num_warps": 4}
 
 
 def compile_cases() -> list[CompileCase]:
