@@ -163,10 +163,15 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     buffer, z = call.transport.send_in(projected, call.keep)
     num_rows = projected.shape[0] * call.shares
     copy = call.keep and buffer.transient
-    halo = None if call.states is None else call.states.fetch_halo(buffer)
+    halo = kept_halo = None
+    if call.states is not None:
+        halo = call.states.fetch_halo(buffer)
+        if call.keep and halo is not None and halo.transient:
+            kept_halo = call.states.room_for_halo(buffer)
     qkv, gates, kept = call.convolve(
-        buffer.data, buffer.rows, parameters, num_rows, gates=call.gates(buffer.gates), keep=copy, halo=halo
-    )
+        buffer.data, buffer.rows, parameters, num_rows, gates=call.gates(buffer.gates), keep=copy, halo=halo,
+        kept_halo=None if kept_halo is None else kept_halo.rows,
+    )  # fmt: skip
     assert gates is not None
     x, x_rows = (buffer.data, buffer.rows) if kept is None else (kept, None)
     o, of_rule, ctx.piece_chunks = _run_rule(call, qkv, gates, parameters)
@@ -183,6 +188,7 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     )
     if call.keep:
         o = returned.data if kept is None else kept.unsqueeze(0)
+        halo = halo if kept_halo is None else kept_halo
         ctx.call, ctx.x_rows, ctx.halo_at = call, x_rows, None if halo is None else halo.at
         ctx.save_for_backward(x, gates, z, o, None if halo is None else halo.rows, *parameters, *of_rule)
     return out
@@ -342,8 +348,14 @@ def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: f
     qk, _, v, *_ = dims.sections
     columns, rows = MixerColumns(qk, v, dims.num_v_heads, a2a_size), group_rows(layout, a2a_size, index)
     transport: Transport = LocalTransport(columns, rows)
+    # The ranks of a group vote at its first call; all ask for their groups in this order, so none wait crosswise.
     if groups.a2a is not None:
         transport = CollectiveTransport(columns, groups.a2a, rows, padding)
+        shared = peer_memory(groups.a2a, layout.device)
+        if shared is not None:
+            transport = PeerTransport(columns, shared, natural_rows(layout, a2a_size, index))
+    assert groups.states is not None
+    memory = peer_memory(groups.states, layout.device)
     channels = Channels(qk // a2a_size, v // a2a_size, a2a_size, groups.head_index)
     options = RuleOptions(backend="triton", **_RULE)
     return FusedCall(
@@ -356,7 +368,13 @@ def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: f
         eps=eps,
         keep=keep,
         states=fused_states(
-            layout, groups, channels, (heads.num_v_heads, heads.head_k_dim, heads.head_v_dim), dims.conv_kernel, options
+            layout,
+            groups,
+            channels,
+            (heads.num_v_heads, heads.head_k_dim, heads.head_v_dim),
+            dims.conv_kernel,
+            options,
+            memory,
         ),
     )
 

@@ -13,7 +13,7 @@ rank, K, V head dims, W taps, n segments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,10 @@ from gdn_cp.kernels.segments import (
     begin_segment_backward,
     run_rule,
 )
-from gdn_cp.state_exchange import StateExchange, state_exchange
+from gdn_cp.state_exchange import Maps, StateExchange, state_exchange
+
+if TYPE_CHECKING:
+    from gdn_cp.comm.symmetric import Arena
 
 
 def convolve_segments(
@@ -179,26 +182,29 @@ class PassingCall:
         rule = SegmentRule(
             inputs, self.options, bounds, routes.roles, routes.summarised, truncate=self.truncate, checked=self.checked
         )
-        laws = rule.summarise(self.exchange.slots)
-        entering, maps = self.exchange.forward(laws, inputs.v.shape[3], rule.kernels)
+        K, V = inputs.k.shape[3], inputs.v.shape[3]
+        laws = rule.summarise(self.exchange.slots, self.exchange.law_room(K, V))
+        entering, maps = self.exchange.forward(laws, V, rule.kernels)
         del laws
         o = rule.run(entering)
         kept, piece_chunks = rule.kept()
-        return o, (entering, maps, *kept), piece_chunks
+        return o, (entering, *maps, *kept), piece_chunks
 
     def backward(
         self, inputs: TokenInputs, saved: Saved, piece_chunks: int, d_output: Tensor, needed: tuple[bool, ...]
     ) -> Saved:
         """The gradient of each field of the inputs, None where not needed."""
-        entering, maps, *kept = saved
+        entering, matrices, lost, *kept = saved
         assert entering is not None
-        assert maps is not None
+        assert matrices is not None
         bounds, roles = self.table.cu_seqlens_tensor, self.routes.roles
         pending = begin_segment_backward(
             inputs, self.options, bounds, roles, (tuple(kept), piece_chunks), entering, d_output, needed,
             truncate=self.truncate,
         )  # fmt: skip
-        d_ext = pending.state_gradient(self.exchange.slots)
+        room = self.exchange.gradient_room(*entering.shape[2:])
+        d_ext = pending.state_gradient(self.exchange.slots, room)
+        maps = Maps(matrices, lost)
         leaving = self.exchange.backward(d_ext, maps, kernels=bool(kept), meanwhile=pending.prepare)
         del d_ext
         return pending.finish(leaving)
@@ -206,14 +212,18 @@ class PassingCall:
 
 def passing_call(
     options: RuleOptions, layout: ThdLayout, groups: CpGroups, heads: tuple[int, int, int], *, truncate: bool = False,
-    checked: bool = False,
+    checked: bool = False, memory: Arena | None = None,
 ) -> PassingCall | None:  # fmt: skip
-    """Describe a call on ranks that hold `heads` (value heads, K, V) each; None where no sequence crosses ranks."""
+    """Describe a call on ranks that hold `heads` (value heads, K, V) each; None where no sequence crosses ranks.
+
+    `memory`: what the ranks of the state group share, of a call that is `checked`.
+    """
     table = layout.segments(groups.a2a_size, groups.group_index)
     routes = state_routes(layout, groups.a2a_size, groups.group_index, heads[0])
     if not routes.travels:
         return None
-    return PassingCall(options, table, routes, state_exchange(layout, groups, *heads, routes), truncate, checked)
+    exchange = state_exchange(layout, groups, *heads, routes, memory if checked else None)
+    return PassingCall(options, table, routes, exchange, truncate, checked)
 
 
 class _StatePassing(torch.autograd.Function):

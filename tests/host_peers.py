@@ -49,29 +49,45 @@ class HostArena:
         self.meet()
 
 
-def run_threads(function: Callable[..., Any], ranks: int, num_bytes: int, device: str = "cpu") -> list[Any]:
+def run_threads(
+    function: Callable[..., Any], ranks: int, num_bytes: int, device: str = "cpu",
+    partitions: tuple[list[list[int]], ...] = (),
+) -> list[Any]:  # fmt: skip
     """`function(arena)` of every rank, each in a thread; one runs at a time, and they change where they settle.
 
-    Triton's interpreter patches the language for the time of a launch, so launches must not overlap.
+    Triton's interpreter patches the language for the time of a launch, so launches must not overlap. With `partitions`
+    of the ranks into groups, a function gets an arena for each, of the group in which its rank is.
     """
-    memory, turn, barrier = HostMemory(ranks, num_bytes, device), threading.Lock(), threading.Barrier(ranks, timeout=60)
-    results: list[Any] = [None] * ranks
+    turn, results = threading.Lock(), [None] * ranks
+    arenas: list[list[HostArena]] = [[] for _ in range(ranks)]
+    barriers: list[threading.Barrier] = []
     failures: list[BaseException] = []
 
-    def meet() -> None:
-        turn.release()
-        try:
-            barrier.wait()
-        finally:
-            turn.acquire()
+    def meeting(barrier: threading.Barrier) -> Callable[[], None]:
+        def meet() -> None:
+            turn.release()
+            try:
+                barrier.wait()
+            finally:
+                turn.acquire()
+
+        return meet
+
+    for partition in partitions or ([list(range(ranks))],):
+        for group in partition:
+            memory, barrier = HostMemory(len(group), num_bytes, device), threading.Barrier(len(group), timeout=60)
+            barriers.append(barrier)
+            for index, rank in enumerate(group):
+                arenas[rank].append(HostArena(memory, index, meeting(barrier)))
 
     def run(rank: int) -> None:
         with turn:
             try:
-                results[rank] = function(HostArena(memory, rank, meet))
+                results[rank] = function(*arenas[rank])
             except BaseException as error:  # told by the caller's thread
                 failures.append(error)
-                barrier.abort()
+                for barrier in barriers:
+                    barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(ranks)]
     for thread in threads:

@@ -3,7 +3,8 @@
 The routes of `halo`, told by tables of places: the rows to be sent are taken out of the convolution's input in one
 launch, the convolution reads the rows before its segments from what arrives, and its backward writes their gradients
 into what is sent back; who gets them adds them to its rows in one launch. A few rows are gathered by all ranks, which
-is one collective of less latency; many go to whoever wants them in an all-to-all.
+is one collective of less latency, or none where ranks write to each other's memory; many go to whoever wants them in an
+all-to-all.
 
 Example, zigzag of 8 tokens on 2 ranks, W = 4: rank 0 holds 0 1 | 6 7, rank 1 2 3 | 4 5. Gathered, each sends four rows:
 
@@ -39,7 +40,8 @@ class HaloTables:
     """How the halo travels for one (layout, a2a_size, W, buffer), seen from one rank of the state group; all int32.
 
     `sent` [S]: rows of the buffer, -1 for zeros. `before` [n, W - 1]: which arriving row stands j + 1 rows before each
-    segment, -1: none. `returned` [n, W - 1]: where its gradient goes in the `returns` rows that are sent back.
+    segment, -1: none; `in_order` likewise where the rows of all segments stand side by side, W - 1 of each. `returned`
+    [n, W - 1]: where its gradient goes in the `returns` rows that are sent back.
     `owners` [O]: rows of the buffer that get a sum of gradients, -1 for padding, and `addends` [O, C] which of the
     arriving gradients, -1 behind the last. `counts`: rows sent to each rank and got from it, forward; None where all
     `members` gather.
@@ -47,6 +49,7 @@ class HaloTables:
 
     sent: Tensor
     before: Tensor
+    in_order: Tensor
     returned: Tensor
     returns: int
     owners: Tensor
@@ -138,6 +141,7 @@ def _build(
     return HaloTables(
         sent=_in_buffer(sent, rows, layout.device),
         before=_table(np.where(before >= 0, np.append(arriving, -1)[before], -1), layout.device),
+        in_order=_table(np.where(before >= 0, np.arange(before.size).reshape(before.shape), -1), layout.device),
         returned=_table(np.where(before >= 0, np.append(leaving, -1)[before], -1), layout.device),
         returns=returns,
         owners=_in_buffer(own_places, rows, layout.device),

@@ -50,7 +50,12 @@ _plans: WeakKeyDictionary[ThdLayout, dict[tuple[int, int, int], StateGather]] = 
 def gathered_bytes(layout: ThdLayout, a2a_size: int, heads: int, K: int, V: int, element_size: int = 4) -> int:
     """Bytes of all laws (S_ext | M) that a rank would receive, its own included."""
     members = layout.cp_size // a2a_size
-    return members * _slots(layout, a2a_size) * heads * K * (V + K) * element_size
+    return members * most_segments(layout, a2a_size) * heads * K * (V + K) * element_size
+
+
+def most_segments(layout: ThdLayout, a2a_size: int) -> int:
+    """Segments of the rank that has most of them."""
+    return max(len(layout.segments(a2a_size, g).starts) for g in range(layout.cp_size // a2a_size))
 
 
 def state_gather(layout: ThdLayout, a2a_size: int, group_index: int, heads: int) -> StateGather:
@@ -75,12 +80,8 @@ def begin_gather(part: Tensor, members: int, group: dist.ProcessGroup) -> tuple[
     return gathered, getattr(dist, _ALL_GATHER)(gathered, part, group=group, async_op=True)
 
 
-def _slots(layout: ThdLayout, a2a_size: int) -> int:
-    return max(len(layout.segments(a2a_size, g).starts) for g in range(layout.cp_size // a2a_size))
-
-
 def _build(layout: ThdLayout, a2a_size: int, me: int, heads: int) -> StateGather:
-    links, slots = find_links(layout, a2a_size, heads), _slots(layout, a2a_size)
+    links, slots = find_links(layout, a2a_size, heads), most_segments(layout, a2a_size)
     segments = len(layout.segments(a2a_size, me).starts)
     own = links.member == me
     mine = np.flatnonzero(np.isin(links.unit, links.unit[own]))

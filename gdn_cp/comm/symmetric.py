@@ -45,12 +45,13 @@ class Slot:
     addresses: Tensor
     _typed: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
-    def view(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """[rows, columns] at the slot's start."""
+    def view(self, rows: int, columns: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
+        """[rows, columns] at the slot's start, or `offset` elements behind it."""
         if dtype not in self._typed:
             with torch.inference_mode(False):  # or training could not use it later
                 self._typed[dtype] = self.local.view(dtype)
-        return self._typed[dtype].as_strided((rows, columns), (columns, 1))
+        typed = self._typed[dtype]
+        return typed.as_strided((rows, columns), (columns, 1), typed.storage_offset() + offset)
 
 
 class Arena(Protocol):

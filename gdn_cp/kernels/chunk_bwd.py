@@ -195,8 +195,9 @@ def start_backward(
 
 @launches
 def segment_gradients(
-    do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None, rows: int = 0, truncate: float | None = None
-) -> Tensor:
+    do: Tensor, run: Slices, roles: Tensor, sums: Tensor | None, rows: int = 0, truncate: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """dS_ext [max(N, rows), HV, K, V] float32: the gradient before each segment that a state enters, zero behind it.
 
     Args:
@@ -205,11 +206,12 @@ def segment_gradients(
         roles: int32 [N], see `chunk_pieces`; the rest of the result is not written.
         sums: the forward's summaries [NP, HV, K, V + K] where segments are cut into pieces.
         truncate: the sum of gates below which a state is lost.
+        out: where to write, instead of `rows`.
     """
-    summaries = run.summarise(None, False, roles, rows if sums is None else 0, truncate)
     if sums is None:
-        return summaries
-    return whole_gradients(summaries, sums, run.tables.pieces, roles, rows)
+        return run.summarise(None, False, roles, rows, truncate, out)
+    summaries = run.summarise(None, False, roles, 0, truncate)
+    return whole_gradients(summaries, sums, run.tables.pieces, roles, rows, out)
 
 
 @launches
@@ -259,15 +261,16 @@ class Slices:
 
     def summarise(
         self, dht: Tensor | None, state_v_first: bool, roles: Tensor | None = None, rows: int = 0,
-        truncate: float | None = None,
+        truncate: float | None = None, out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """The gradient [max(NP, rows), HV, K, V] of the state before each piece, from that behind it: zero, `dht` for
         last pieces.
 
         Of all pieces but the first of each sequence; with `roles`, of all pieces of the segments that a state enters.
+        `out`: where to write, instead of `rows`.
         """
         shape = (max(self.tables.num_pieces, rows), self.HV, self.K, self.V)
-        summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device)
+        summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device) if out is None else out
         size = summary_chunks(self.tables.num_chunks, self.HV, self.K, self.q.element_size())
         for index, c0, c1 in self.bounds(size):
             absent = [None] * 3  # states of the forward

@@ -74,7 +74,7 @@ def _row_factors(
 @triton.jit(do_not_specialize=["slice_chunks"])
 def _chain_kernel(
     q_ptr, k_ptr, v_ptr, X_ptr, Yt_ptr, G_ptr, bt_ptr, rq_ptr, rk_ptr, pieces_ptr, roles_ptr, initial_ptr, starts_ptr,
-    o_ptr, final_ptr, sums_ptr, checkpoints_ptr,
+    o_ptr, final_ptr, sums_ptr, lost_ptr, checkpoints_ptr,
     slice_chunks, scale, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     STATE_K: tl.constexpr, STATE_V: tl.constexpr, NORM: tl.constexpr, HAS_INITIAL: tl.constexpr,
@@ -87,6 +87,7 @@ def _chain_kernel(
     With SUMMARY, the columns of block b come from S_ext for b < V / BV and from M above, into sums [NP, HV, K, V + K].
     `roles` [N] say which sequences are continued elsewhere (`chunk_pieces`); None: none. With TRUNCATE, S_ext is walked
     from the last chunk on from which the gates sum to less than that number, from zero; where there is one, M is zero.
+    `lost` int32 [NP, HV] gets 1 there, for pieces whose M someone needs.
     """
     V_BLOCKS: tl.constexpr = (V + BV - 1) // BV
     BLOCKS: tl.constexpr = V_BLOCKS + ((K + BV - 1) // BV if SUMMARY else 0)
@@ -130,6 +131,7 @@ def _chain_kernel(
     if SUMMARY:
         if block >= V_BLOCKS:
             S = tl.where(d[:, None] == (e - V_BLOCKS * BV)[None, :], 1.0, 0.0)
+        start = tl.full((), -1, tl.int32)
         if TRUNCATE is not None:
             start = last_start(G_ptr, chunk, steps, hv, TRUNCATE, HV)
             if start >= 0:
@@ -139,6 +141,9 @@ def _chain_kernel(
                 chunk += skipped
                 row += skipped * 64
                 steps -= skipped
+        if lost_ptr is not None:
+            if block == V_BLOCKS:
+                tl.store(lost_ptr + p * HV + hv, (start >= 0).to(tl.int32))
 
     qk_mask = d[None, :] < K
     k_tile = k_ptr
@@ -269,17 +274,21 @@ class Walk:
         return self.tables.num_pieces > self.tables.num_sequences
 
     def summarise(
-        self, initial: Tensor | None = None, roles: Tensor | None = None, truncate: float | None = None, rows: int = 0
-    ) -> Tensor:
+        self, initial: Tensor | None = None, roles: Tensor | None = None, truncate: float | None = None, rows: int = 0,
+        out: Tensor | None = None, lost: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """(S_ext | M) [max(NP, rows), HV, K, V + K] of the pieces whose law someone needs, first pieces from `initial`.
 
         `roles` int32 [N]: see `chunk_pieces`. `truncate`: the sum of gates below which a state is lost, a piece's M or
-        what stands in its S_ext before them.
+        what stands in its S_ext before them. `out`: where to write, instead of `rows`. `lost` int32 [NP, HV] contiguous
+        gets 1 where the M of a piece that a state enters is lost, else 0.
         """
-        rows = max(self.tables.num_pieces, rows)
-        sums = self.v.new_empty(rows, self.HV, self.K, self.V + self.K, dtype=torch.float32)
+        sums = out
+        if sums is None:
+            rows = max(self.tables.num_pieces, rows)
+            sums = self.v.new_empty(rows, self.HV, self.K, self.V + self.K, dtype=torch.float32)
         blocks = -(-self.V // self.block_v) - (-self.K // self.block_v)
-        self._launch(blocks, initial, None, None, None, sums, None, 0, roles, truncate)
+        self._launch(blocks, initial, None, None, None, sums, None, 0, roles, truncate, lost)
         return sums
 
     def run(
@@ -295,13 +304,13 @@ class Walk:
     def _launch(
         self, blocks: int, initial: Tensor | None, starts: Tensor | None, o: Tensor | None, final: Tensor | None,
         sums: Tensor | None, checkpoints: Tensor | None, slice_chunks: int, roles: Tensor | None,
-        truncate: float | None,
+        truncate: float | None, lost: Tensor | None = None,
     ) -> None:  # fmt: skip
         programs = self.tables.num_pieces * self.HV * blocks
         stages = self.config.num_stages
         if sums is not None and programs > multiprocessors(self.v.device):
             stages = self.config.summary_stages or stages
-        outputs = (o, final, sums, checkpoints)
+        outputs = (o, final, sums, lost, checkpoints)
         arguments = [*self.inputs, roles, initial, starts, *outputs, slice_chunks, *self.numbers]
         if programs:
             run_kernel(_chain_kernel, programs,
@@ -396,10 +405,10 @@ def _chain_case(kind: str, dim: int, block_v: int, summary: bool, main: bool) ->
         signature=tiles
         | floats
         | {"o_ptr": f"*{kind}", "pieces_ptr": "*i32", "scale": "fp32", "slice_chunks": "i32"}
-        | ({"roles_ptr": "*i32"} if summary else {})
+        | (dict.fromkeys(("roles_ptr", "lost_ptr"), "*i32") if summary else {})
         | dict.fromkeys(strides, "i32"),
         constexprs={
-            **({} if summary else {"roles_ptr": None}), "starts_ptr": None,
+            **({} if summary else dict.fromkeys(("roles_ptr", "lost_ptr"))), "starts_ptr": None,
             "H": 16, "HV": 32, "K": dim, "V": dim, "BK": dim, "BV": block_v, "STATE_K": dim,
             "STATE_V": 1, "NORM": True, "HAS_INITIAL": True, "HAS_STARTS": False, "CHECKPOINTS": not summary,
             "STORE_FINAL": not summary,

@@ -14,6 +14,7 @@ piece's law, and neither is read.
 Dimensions: N sequences (segments), NP pieces (bound), HV value heads, K, V head dims.
 """
 
+# ruff: noqa: SIM102  (an if on a pointer that may be None is decided when the kernel is compiled, `and` is not)
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def float32_product(x, m, added):
 
 @triton.jit
 def compose_kernel(
-    ext_ptr, maps_ptr, given_ptr, marks_ptr, whole_ptr, pieces_ptr, roles_ptr,
+    ext_ptr, maps_ptr, given_ptr, marks_ptr, whole_ptr, pieces_ptr, roles_ptr, lost_ptr, whole_lost_ptr,
     HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, COLUMNS: tl.constexpr, EXT_WIDTH: tl.constexpr,
     MAP_WIDTH: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr, REVERSE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -63,7 +64,8 @@ def compose_kernel(
 
     X starts from `given` [N, HV, K, V], else from zero in the first V columns and from the identity in the others.
     It is left in `marks` [NP, HV, K, COLUMNS] before each piece is applied (so also before the first). `whole` [N, HV,
-    K, COLUMNS] gets what comes out of the last piece; without it that piece is not applied.
+    K, COLUMNS] gets what comes out of the last piece; without it that piece is not applied. `whole_lost` [N, HV] gets
+    1 if any of the pieces is `lost` [NP, HV], else 0.
 
     X is held transposed, [BV, K], and multiplied from the right: products of 16 rows run as warp-level `mma`, which may
     take operands from registers. M, which waits for nothing, is fetched some pieces ahead where it fits (BR >= K);
@@ -90,6 +92,14 @@ def compose_kernel(
                 return
         elif (leaves == 0) | ((entered == 0) & (block * BV >= V)):
             return
+    if whole_lost_ptr is not None:
+        if block == V // BV:
+            lost = 0
+            for begin in range(0, left + 1, 64):
+                number = begin + tl.arange(0, 64)
+                flags = tl.load(lost_ptr + (p + number) * HV + hv, mask=number <= left, other=0)
+                lost = tl.maximum(lost, tl.max(flags, 0))
+            tl.store(whole_lost_ptr + n * HV + hv, lost)
     first_has_map = leaves if REVERSE else entered
     d = tl.arange(0, BK)
     r = tl.arange(0, BR)
@@ -165,33 +175,42 @@ def piece_gradients(ext: Tensor, sums: Tensor, pieces: Tensor) -> Tensor:
     return marks
 
 
-def whole_laws(sums: Tensor, pieces: Tensor, roles: Tensor, V: int, rows: int = 0) -> Tensor:
+def whole_laws(
+    sums: Tensor, pieces: Tensor, roles: Tensor, V: int, rows: int = 0, out: Tensor | None = None,
+    lost: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """(S_ext | M) [max(N, rows), HV, K, V + K] of whole segments; written for those that are LEFT, M if they are
-    ENTERED too."""
+    ENTERED too.
+
+    `out`: where to write, instead of `rows`. `lost`: int32 [NP, HV], 1 where a piece's M is lost, and [N, HV], which
+    gets 1 for segments, LEFT and ENTERED, that have such a piece, else 0.
+    """
     K = sums.shape[2]
-    whole = sums.new_empty(max(len(roles), rows), *sums.shape[1:])
-    _compose(sums, sums[..., V:], None, torch.empty_like(sums), whole, pieces, roles, V, V + K, False)
+    whole = sums.new_empty(max(len(roles), rows), *sums.shape[1:]) if out is None else out
+    _compose(sums, sums[..., V:], None, torch.empty_like(sums), whole, pieces, roles, V, V + K, False, lost)
     return whole
 
 
-def whole_gradients(ext: Tensor, sums: Tensor, pieces: Tensor, roles: Tensor, rows: int = 0) -> Tensor:
+def whole_gradients(
+    ext: Tensor, sums: Tensor, pieces: Tensor, roles: Tensor, rows: int = 0, out: Tensor | None = None
+) -> Tensor:
     """dS_ext [max(N, rows), HV, K, V] of whole segments; written for those that are ENTERED. Arguments as
-    `piece_gradients`."""
+    `piece_gradients`; `out`: where to write, instead of `rows`."""
     V = ext.shape[-1]
-    whole = ext.new_empty(max(len(roles), rows), *ext.shape[1:])
+    whole = ext.new_empty(max(len(roles), rows), *ext.shape[1:]) if out is None else out
     _compose(ext, sums[..., V:], None, torch.empty_like(ext), whole, pieces, roles, V, V, True)
     return whole
 
 
 def _compose(
     ext: Tensor, maps: Tensor, given: Tensor | None, marks: Tensor, whole: Tensor | None, pieces: Tensor,
-    roles: Tensor | None, V: int, columns: int, reverse: bool,
+    roles: Tensor | None, V: int, columns: int, reverse: bool, lost: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
     NP, HV, K = ext.shape[:3]
     if NP:
         warps, stages, constants = _settings(HV, K, V, columns, ext.stride(2), maps.stride(2), reverse)
         programs = NP * HV * cdiv(columns, COLUMNS_PER_PROGRAM)
-        arguments = (ext, maps, given, marks, whole, pieces, roles)
+        arguments = (ext, maps, given, marks, whole, pieces, roles, *(lost or (None, None)))
         run_kernel(compose_kernel, programs, *arguments, **options(warps, stages, **constants))
 
 
@@ -213,15 +232,16 @@ def compile_cases() -> list[CompileCase]:
     from gdn_cp.kernels.compile_report import CompileCase
 
     floats = dict.fromkeys(("ext_ptr", "maps_ptr", "marks_ptr"), "*fp32") | {"pieces_ptr": "*i32"}
-    cases = []
+    cases, flags = [], ("lost_ptr", "whole_lost_ptr")
     for name, dim, columns, reverse, absent in (
-        ("states", 128, 128, False, ("given_ptr", "whole_ptr", "roles_ptr")),
+        ("states", 128, 128, False, ("given_ptr", "whole_ptr", "roles_ptr", *flags)),
         ("laws", 128, 256, False, ("given_ptr",)),
-        ("gradients", 128, 128, True, ("given_ptr", "whole_ptr", "roles_ptr")),
-        ("whole gradients", 128, 128, True, ("given_ptr",)),
-        ("gradients", 256, 256, True, ("given_ptr", "whole_ptr", "roles_ptr")),
+        ("gradients", 128, 128, True, ("given_ptr", "whole_ptr", "roles_ptr", *flags)),
+        ("whole gradients", 128, 128, True, ("given_ptr", *flags)),
+        ("gradients", 256, 256, True, ("given_ptr", "whole_ptr", "roles_ptr", *flags)),
     ):
         signature = floats | {"given_ptr": "*fp32", "whole_ptr": "*fp32", "roles_ptr": "*i32"}
+        signature |= dict.fromkeys(flags, "*i32")
         settings = _settings(4, dim, dim, columns, dim if reverse else 2 * dim, 2 * dim, reverse)
         warps, stages, constants = settings
         cases.append(

@@ -33,7 +33,7 @@ from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.tables import chunk_tables, even_rows
 
 if TYPE_CHECKING:
-    from gdn_cp.kernels.segments import RuleOptions, TokenInputs
+    from gdn_cp.kernels.segments import LawRoom, RuleOptions, TokenInputs
 
 Kept = tuple[Tensor | None, ...]
 
@@ -75,13 +75,19 @@ class TritonSegments:
         self.starts: Tensor | None = None
         self.checkpoints: Tensor | None = None
 
-    def summarise(self, truncate: float | None, slots: int = 0) -> Tensor:
-        """The laws (S_ext | M) [max(n, slots), HV, K, V + K] of all segments, written where `roles` ask for it."""
+    def summarise(self, truncate: float | None, slots: int = 0, room: LawRoom | None = None) -> Tensor:
+        """The laws (S_ext | M) [max(n, slots), HV, K, V + K] of all segments, written where `roles` ask for it; in
+        `room`, if there is one, with the flags that it has room for."""
+        laws, lost = room or (None, None)
         with on_device(self.q.device):
             if not self.walk.cut:
-                return self.walk.summarise(roles=self.roles, truncate=truncate, rows=slots)
-            self.sums = self.walk.summarise(roles=self.roles, truncate=truncate)
-            return whole_laws(self.sums, self.tables.pieces, self.roles, self.v.shape[3], rows=slots)
+                return self.walk.summarise(roles=self.roles, truncate=truncate, rows=slots, out=laws, lost=lost)
+            of_pieces = None
+            if lost is not None:
+                of_pieces = torch.empty(self.tables.num_pieces, lost.shape[1], dtype=lost.dtype, device=lost.device)
+            self.sums = self.walk.summarise(roles=self.roles, truncate=truncate, lost=of_pieces)
+            flags = None if lost is None or of_pieces is None else (of_pieces, lost)
+            return whole_laws(self.sums, self.tables.pieces, self.roles, self.v.shape[3], slots, laws, flags)
 
     def run(self, entering: Tensor) -> Tensor:
         """o [1, T, HV, V], given the states [n, HV, K, V] that enter the segments."""
@@ -125,10 +131,10 @@ class TritonSegmentsBackward:
             checkpoints=self.checkpoints, piece_chunks=piece_chunks,
         )  # fmt: skip
 
-    def state_gradient(self, slots: int = 0) -> Tensor:
+    def state_gradient(self, slots: int = 0, out: Tensor | None = None) -> Tensor:
         """dS_ext [max(n, slots), HV, K, V]: the gradient before each segment that a state enters, if that behind it is
-        zero."""
-        return segment_gradients(self.do, self.slices, self.roles, self.sums, slots, self.truncate)
+        zero; in `out`, if it is given."""
+        return segment_gradients(self.do, self.slices, self.roles, self.sums, slots, self.truncate, out)
 
     def prepare(self) -> None:
         """Launch what `finish` begins with, which needs no gradient of a state."""

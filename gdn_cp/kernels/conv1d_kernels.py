@@ -137,17 +137,29 @@ def _load_rows(
 
 @triton.jit
 def _rows_before(
-    x, rows, halo, halo_at, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W: tl.constexpr,
-    MAPPED: tl.constexpr, HALO: tl.constexpr,
+    x, rows, halo, halo_at, kept_halo, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W: tl.constexpr,
+    D: tl.constexpr, MAPPED: tl.constexpr, HALO: tl.constexpr,
 ):  # fmt: skip
-    """Rows first - 1, ..., first - (W - 1) in float32; where the sequence begins at `first` the halo's, or zeros."""
+    """Rows first - 1, ..., first - (W - 1) in float32; where the sequence begins at `first` the halo's, or zeros.
+
+    What is read of the halo is copied to `kept_halo` [N, W - 1, D], if there is one.
+    """
     window = ()
     for j in tl.static_range(1, W):
-        row = _load_row(x, rows, first - j, has_past, o_d, m_d, x_row, MAPPED).to(tl.float32)
+        place, real = _place(rows, first - j, has_past, MAPPED)
+        row = x + place * x_row
         if HALO:
+            # One load for both sources, whose address alone differs: a second load, added to the first, made all but
+            # the few chunks that begin a sequence wait for each row in turn.
             at = tl.load(halo_at + sequence * (W - 1) + j - 1, mask=begins, other=-1).to(tl.int64)
-            row += tl.load(halo + at * halo_row + o_d, mask=m_d & (at >= 0), other=0.0).to(tl.float32)
-        window = window + (row,)
+            row = tl.where(begins, halo + at * halo_row, row)
+            real = real | (at >= 0)
+        window = window + (tl.load(row + o_d, mask=m_d & real, other=0.0).to(tl.float32),)
+    if kept_halo is not None:
+        if begins:
+            for j in tl.static_range(W - 1):
+                kept = kept_halo + (sequence.to(tl.int64) * (W - 1) + j) * D + o_d
+                tl.store(kept, window[j].to(kept_halo.dtype.element_ty), mask=m_d)
     return window
 
 
@@ -180,8 +192,8 @@ def _copy_gates(
 
 @triton.jit(do_not_specialize=["num_chunks", "chunks_per_program", "share", "gate_column"])
 def conv1d_forward_kernel(
-    x, rows, halo, halo_at, weight, bias, y, kept, gates, chunks, num_chunks, chunks_per_program, x_row, halo_row,
-    y_row, share, gate_column,
+    x, rows, halo, halo_at, weight, bias, y, kept, kept_halo, gates, chunks, num_chunks, chunks_per_program, x_row,
+    halo_row, y_row, share, gate_column,
     QK: tl.constexpr, V: tl.constexpr, SHARES: tl.constexpr, W: tl.constexpr, WP: tl.constexpr, BD: tl.constexpr,
     GROUP: tl.constexpr, C: tl.constexpr, GATES: tl.constexpr, BG: tl.constexpr,
     HAS_BIAS: tl.constexpr, SILU: tl.constexpr, MAPPED: tl.constexpr, KEEP: tl.constexpr, HALO: tl.constexpr,
@@ -190,7 +202,8 @@ def conv1d_forward_kernel(
 
     For W = 4 and a chunk of rows 64..127 of a sequence it loads rows 63, 62, 61, then walks: row 64 with them, row 65
     with 64, 63, 62, and so on, GROUP rows between two rounds of loads. y and gates [T, GATES] are in the order of the
-    batch, and so is kept [T, D], what was read of x (KEEP).
+    batch, and so is kept [T, D], what was read of x (KEEP). `kept_halo` [N, W - 1, D] receives what was read of the
+    halo, entry j of a sequence the row j + 1 before its first.
     """
     D: tl.constexpr = 2 * QK + V
     n_d: tl.constexpr = 2 * ((QK + BD - 1) // BD) + (V + BD - 1) // BD
@@ -208,8 +221,9 @@ def conv1d_forward_kernel(
         sequence, first, count, has_past = _chunk(chunks, i_t)
         begins = (count > 0) & (has_past == 0)
         window = _rows_before(
-            x, rows, halo, halo_at, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W, MAPPED, HALO
-        )
+            x, rows, halo, halo_at, kept_halo, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W, D,
+            MAPPED, HALO,
+        )  # fmt: skip
         for k in range(0, count, GROUP):
             x_rows = _load_rows(x, rows, first, k, count, o_d, m_d, x_row, GROUP, MAPPED)
             for u in tl.static_range(GROUP):
@@ -331,8 +345,9 @@ def conv1d_backward_kernel(
         after = _rows_after(chunks, i_t, num_chunks, sequence, count, C, W)
         begins = (count > 0) & (has_past == 0)
         window = _rows_before(
-            x, rows, halo, halo_at, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W, MAPPED, HALO
-        )
+            x, rows, halo, halo_at, None, sequence, first, has_past, begins, o_d, m_d, x_row, halo_row, W, D, MAPPED,
+            HALO,
+        )  # fmt: skip
         behind = _zeros(W - 1, BD)
         x_rows = _load_rows(x, rows, first, 0, count, o_d, m_d, x_row, GROUP, MAPPED)
         dy_rows = _load_rows(dy, rows, first, 0, count, column, m_d, dy_row, GROUP, False)
@@ -345,7 +360,7 @@ def conv1d_backward_kernel(
                 done = k + u - (W - 1)
                 m_done = (done >= 0) & (done < count)
                 _store_row(dx, dx_rows, first + done, m_done, finished, o_d, m_d, dx_row, DX_MAPPED)
-                if HALO:
+                if HALO and u < W - 1:
                     if begins & (done < 0):
                         _store_halo(d_halo, d_halo_at, sequence, done, finished, o_d, m_d, d_halo_row, W)
                 if PARAMETERS:

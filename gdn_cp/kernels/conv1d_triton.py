@@ -95,6 +95,8 @@ class Halo(NamedTuple):
 
     rows: Tensor
     at: Tensor
+    transient: bool = False
+    """Whether `rows` will be used again, so that what the backward needs must be copied out by who reads it."""
 
 
 class SectionGradients(NamedTuple):
@@ -124,7 +126,7 @@ def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread
 def convolve_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, channels: Channels, num_rows: int,
     *, silu: bool = True, rows: Tensor | None = None, gates: GateColumns | None = None, keep: bool = False,
-    y: Tensor | None = None, halo: Halo | None = None,
+    y: Tensor | None = None, halo: Halo | None = None, kept_halo: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """The convolution of rows that stand anywhere, and a copy of the columns behind them, in one launch.
 
@@ -139,6 +141,8 @@ def convolve_rows(
         keep: also copy what was read of x.
         y: [T, D] with last stride 1, to be written; None: a new one.
         halo: what stands before the sequences of `cu_seqlens`; None: nothing.
+        kept_halo: [N, W - 1, D] contiguous: receives what was read of the halo of each sequence that has rows, as
+            `Halo.at` orders it, zeros where there is none.
 
     Returns:
         y, the gates' columns [T, count] or None, and x [T, D] or None; in x's dtype and the batch's order.
@@ -155,8 +159,8 @@ def convolve_rows(
         sizes, n_d = _constants(channels, gates, weight.shape[1], FORWARD_BYTES // x.element_size())
         joined = min(MAX_FORWARD_CHUNKS, _chunks_per_program(tables, n_d, x.device))
         run_kernel(conv1d_forward_kernel, cdiv(tables.num_chunks, joined) * (n_d + (gates is not None)),
-            x, rows, *_halo_arguments(halo), weight.contiguous(), dense(bias), y, kept, copied, tables.chunks,
-            tables.num_chunks, joined, x.stride(0), _row_stride(halo), y.stride(0), channels.share,
+            x, rows, *_halo_arguments(halo), weight.contiguous(), dense(bias), y, kept, kept_halo, copied,
+            tables.chunks, tables.num_chunks, joined, x.stride(0), _row_stride(halo), y.stride(0), channels.share,
             0 if gates is None else gates.first,
             **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
             HALO=halo is not None,
@@ -291,7 +295,7 @@ def compile_cases() -> list[CompileCase]:
         *_cases_of("bf16/W8", "*bf16", "*fp32", Channels(0, 2048), W=8, main=False),
         *_cases_of("exchange", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8),
         *_cases_of("exchange/kept", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8, keep=True),
-        *_cases_of("halo", "*bf16", "*bf16", Channels(2048, 4096), heads=32, halo=True),
+        *_cases_of("halo", "*bf16", "*bf16", Channels(2048, 4096), heads=32, halo=True, keep_halo=True),
     ]
 
     return cases
@@ -299,7 +303,7 @@ def compile_cases() -> list[CompileCase]:
 
 def _cases_of(
     name: str, x: str, weight: str, channels: Channels, *, W: int = 4, heads: int = 0, keep: bool = False,
-    main: bool = True, halo: bool = False,
+    main: bool = True, halo: bool = False, keep_halo: bool = False,
 ) -> list[CompileCase]:  # fmt: skip
     """Forward and backward for one set of types; the bias is left out with 4 taps, as in Qwen3-Next. With heads rows
     are mapped and gates copied; where x was kept, only the gradient's rows are mapped."""
@@ -314,6 +318,7 @@ def _cases_of(
     mapped = gates is not None
     constants: dict[str, Any] = {"HAS_BIAS": W > 4, "SILU": True, "KEEP": keep, "PARAMETERS": True, "HALO": halo}
     constants |= {} if halo else dict.fromkeys(("halo", "halo_at", "d_halo", "d_halo_at"))
+    constants |= {} if keep_halo else {"kept_halo": None}
     constants |= {"DX_MAPPED": mapped} | ({} if W > 4 else {"bias": None}) | ({} if keep else {"kept": None})
     if not mapped:
         constants |= dict.fromkeys(("dx_rows", "gates", "d_beta", "d_alpha"))

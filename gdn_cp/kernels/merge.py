@@ -36,6 +36,7 @@ def merge_chains(
     steps: int,
     transpose: bool = False,
     kept: Tensor | None = None,
+    lost: Tensor | None = None,
     kernels: bool = False,
 ) -> None:
     """Walk all chains; see the module. Writes the rows of `out` and `kept` that links name, and no other.
@@ -50,12 +51,14 @@ def merge_chains(
         steps: links of the longest chain.
         transpose: multiply by M^T.
         kept: [.., K, K], contiguous: receives copies of M.
+        lost: int32 [..], 1 for each of `maps` that is zero, which then holds anything. What it is multiplied with goes
+            no further, were it NaN, and may be anything too.
         kernels: one Triton kernel instead of plain torch; float32 only.
     """
     if kernels:
         from gdn_cp.kernels.merge_triton import launch_merge
 
-        launch_merge(ext, maps, units, links, out, kept, transpose)
+        launch_merge(ext, maps, units, links, out, kept, lost, transpose, steps)
         return
     first, count = units.long().unbind(1)
     states = ext.new_zeros(len(units), *ext.shape[1:])
@@ -64,6 +67,8 @@ def merge_chains(
             live = (count > step).nonzero()[:, 0]
             link, state = links[first[live] + step].long(), states[live]
             has_law, has_map, goes_out, stays = (link >= 0).unbind(1)
+            if lost is not None:
+                has_map = has_map & (lost[link[:, MAP].clamp(min=0)] == 0)
             out[link[goes_out, OUT]] = state[goes_out]
             following = torch.zeros_like(state)
             following[has_law] = ext[link[has_law, LAW]]

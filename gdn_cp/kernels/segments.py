@@ -85,6 +85,14 @@ class SegmentSummary(NamedTuple):
     transfer: Tensor
 
 
+class LawRoom(NamedTuple):
+    """Where laws are to be written: (S_ext | M) [slots, HV, K, V + K] float32, and int32 [slots, HV], which gets 1 for
+    an M that truncation has made zero, else 0; both contiguous."""
+
+    laws: Tensor
+    lost: Tensor
+
+
 def run_rule(
     inputs: TokenInputs,
     options: RuleOptions,
@@ -191,11 +199,13 @@ class RuleBackward:
     states: Tensor
     d_output: Tensor
 
-    def state_gradient(self, slots: int = 0) -> Tensor:
+    def state_gradient(self, slots: int = 0, out: Tensor | None = None) -> Tensor:
         """Return dS_ext [n, HV, K, V]: the gradient of each initial state if no final state had a gradient.
 
-        With `slots` > n the result is [slots, HV, K, V], and what is behind the n-th segment holds anything.
+        With `slots` > n the result is [slots, HV, K, V], and what is behind the n-th segment holds anything. Only
+        Triton's kernels write to a given `out`.
         """
+        assert out is None
         (grad,) = torch.autograd.grad(self.outputs[0], self.states, self.d_output, retain_graph=True)
         return with_room(grad, slots)
 
@@ -288,10 +298,12 @@ class SegmentRule:
         """Whether Triton does the work."""
         return self._triton is not None
 
-    def summarise(self, slots: int = 0) -> Tensor:
-        """The laws (S_ext | M) [max(n, slots), HV, K, V + K], contiguous; what nobody needs holds anything."""
+    def summarise(self, slots: int = 0, room: LawRoom | None = None) -> Tensor:
+        """The laws (S_ext | M) [max(n, slots), HV, K, V + K], contiguous; what nobody needs holds anything. Triton's
+        kernels write them to `room`, if there is one."""
         if self._triton is not None:
-            return self._triton.summarise(math.log(TRUNCATION_THRESHOLD) if self.truncate else None, slots)
+            return self._triton.summarise(math.log(TRUNCATION_THRESHOLD) if self.truncate else None, slots, room)
+        assert room is None
         first, last = self.needed
         n, (HV, V), K = len(self.cu_seqlens) - 1, self.inputs.v.shape[2:], self.inputs.k.shape[-1]
         dtype = torch.float64 if self.inputs.v.dtype == torch.float64 else torch.float32
