@@ -1,6 +1,7 @@
 """The fused mixer with state passing on one GPU: ranks are threads that exchange through a barrier.
 
 Several GPUs are not needed to see whether the kernels, tables and routes of every rank are right on CUDA in bfloat16.
+What would be memory of other GPUs is this one's (tests/host_peers.py).
 Forward and backward are called as autograd calls them: its one thread for each GPU cannot wait for four ranks.
 """
 
@@ -20,11 +21,13 @@ from gdn_cp import state_exchange
 from gdn_cp.comm import halo_tables, state_gather
 from gdn_cp.comm.groups import CpGroups
 from gdn_cp.fused_mixer import MixerParameters, fused_call
+from gdn_cp.state_exchange import PeerStates
 from tests.gpu.test_segments_multi_gpu import BATCHES, DIMS, GATE, SHARE, batch, parameters, run_mixer, sizes
+from tests.host_peers import HostArena, HostMemory
 from tests.state_cases import build, relative_error
 
 pytestmark = pytest.mark.gpu
-RANKS = 4
+RANKS, PEER_BYTES = 4, 2**26
 
 
 class Exchange:
@@ -34,12 +37,17 @@ class Exchange:
         self.barrier = threading.Barrier(size, timeout=60)
         self.sent: list[Any] = [None] * size
 
+    def meet(self) -> None:
+        """What any thread enqueued before runs before what this one enqueues after: all use one stream."""
+        self.barrier.wait()
+
 
 class ThreadGroup:
-    """A process group's size and rank, and its exchange."""
+    """A process group's size and rank, its exchange, and what its ranks share if they do."""
 
-    def __init__(self, exchange: Exchange, rank: int) -> None:
+    def __init__(self, exchange: Exchange, rank: int, memory: HostMemory | None = None) -> None:
         self.exchange, self._rank = exchange, rank
+        self.arena = None if memory is None else HostArena(memory, rank, exchange.meet)
 
     def size(self) -> int:
         return len(self.exchange.sent)
@@ -87,23 +95,27 @@ class Context:
         """Nothing is let go of."""
 
 
-def make_groups(a2a_size: int) -> list[CpGroups]:
-    full = Exchange(RANKS)
-    near = [Exchange(a2a_size) for _ in range(RANKS // a2a_size)]
-    far = [Exchange(RANKS // a2a_size) for _ in range(a2a_size)]
+def make_groups(a2a_size: int, peers: bool) -> list[CpGroups]:
+    def make(count: int, size: int) -> list[tuple[Exchange, HostMemory | None]]:
+        return [(Exchange(size), HostMemory(size, PEER_BYTES, "cuda") if peers else None) for _ in range(count)]
+
+    full, near, far = Exchange(RANKS), make(RANKS // a2a_size, a2a_size), make(a2a_size, RANKS // a2a_size)
     found = []
     for rank in range(RANKS):
         index, head = divmod(rank, a2a_size)
-        a2a = None if a2a_size == 1 else ThreadGroup(near[index], head)
-        states = ThreadGroup(far[head], index)
+        (near_exchange, near_memory), (far_exchange, far_memory) = near[index], far[head]
+        a2a = None if a2a_size == 1 else ThreadGroup(near_exchange, head, near_memory)
+        states = ThreadGroup(far_exchange, index, far_memory)
         found.append(CpGroups(ThreadGroup(full, rank), a2a_size, a2a, states))  # type: ignore[arg-type]
     return found
 
 
-@pytest.mark.parametrize("gather", [True, False], ids=["gathered", "composed"])
+@pytest.mark.parametrize("way", ["peers", "gathered", "composed"])
 @pytest.mark.parametrize("a2a_size", [1, 2])
 @pytest.mark.parametrize(("kind", "cu"), BATCHES)
-def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, gather, monkeypatch):
+def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, way, monkeypatch):
+    gather = way != "composed"
+    monkeypatch.setattr(module, "peer_memory", lambda group, device: group.arena)
     monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
     monkeypatch.setattr(dist, state_gather._ALL_GATHER, all_gather)
     for place in (state_exchange, halo_tables):
@@ -121,6 +133,7 @@ def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, gather, monke
         x, d_out = (layout.shard(t, rank) for t in whole)
         call = fused_call(x, of_layer, DIMS, layout=layout, group=None, eps=1e-6, groups=groups)
         assert call.states is not None
+        assert isinstance(call.states.rule.exchange, PeerStates) == (way == "peers")
         call = call.with_rule(call.states.rule.options, truncate=gather)  # either way within the tolerance
         with torch.no_grad():
             out = module._forward(ctx, call, x, of_layer)
@@ -128,7 +141,7 @@ def test_every_rank_errs_no_more_than_one_rank(kind, cu, a2a_size, gather, monke
         return {"out": out, "projected": projected} | dict(zip(order, gradients, strict=True))
 
     with ThreadPoolExecutor(RANKS) as pool:
-        ranks = list(pool.map(run, make_groups(a2a_size)))
+        ranks = list(pool.map(run, make_groups(a2a_size, way == "peers")))
     gate_sizes = sizes(exact)
     for name, wanted in exact.items():
         parts = [found[name] for found in ranks]

@@ -71,9 +71,9 @@ def two_micro_batches(
         forwards.append((leaf, fused_mixer.fused_mixer(leaf, parameters_of(module), truncated(call, truncate))))
     found = []
     for (leaf, out), (_, dy) in zip(forwards, batches, strict=True):
-        module.zero_grad()
+        module.zero_grad(set_to_none=True)
         out.backward(layout.shard(dy, rank))
-        found.append([out.detach(), leaf.grad, [p.grad.clone() for p in parameters_of(module) if p is not None]])
+        found.append([out.detach(), leaf.grad, [p.grad for p in parameters_of(module) if p is not None]])
     return found
 
 
