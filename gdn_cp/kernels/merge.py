@@ -68,7 +68,7 @@ def merge_chains(
             link, state = links[first[live] + step].long(), states[live]
             has_law, has_map, goes_out, stays = (link >= 0).unbind(1)
             if lost is not None:
-                has_map = has_map & (lost[link[:, MAP].clamp(min=0)] == 0)
+                has_map = has_map.index_put((has_map,), lost[link[has_map, MAP]] == 0)
             out[link[goes_out, OUT]] = state[goes_out]
             following = torch.zeros_like(state)
             following[has_law] = ext[link[has_law, LAW]]
