@@ -12,6 +12,7 @@ from gdn_cp.kernels import chunk_bwd, chunk_segments
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 from gdn_cp.kernels.segments import (
     TRUNCATION_THRESHOLD,
+    LawRoom,
     RuleOptions,
     SegmentRule,
     TokenInputs,
@@ -95,11 +96,22 @@ def test_truncated_maps_are_zero_and_walks_begin_where_nothing_before_counts(pie
     found, needed = [], (True,) * 7
     for truncate in (False, True):
         rule = SegmentRule(inputs, options, cu_seqlens, parts, (0, 3), truncate=truncate)
-        ext, maps = rule.summarise().split((32, 16), -1)
+        # Memory of the caller's, with room for one segment more.
+        room = LawRoom(torch.full((4, 4, 16, 48), torch.nan), torch.full((4, 4), -1, dtype=torch.int32))
+        room = LawRoom(*(x.to(DEVICE) for x in room))
+        assert rule.summarise(room=room) is room.laws
+        ext, maps = room.laws[:3].split((32, 16), -1)
+        # Without truncation M may become zero by itself.
+        assert torch.equal(
+            room.lost[1], (~maps[1].flatten(1).any(1)).int() if truncate else torch.zeros_like(room.lost[1])
+        )
         rule.run(torch.zeros_like(ext))
         rest = (rule.kept(), torch.zeros_like(ext), d_output, needed)
         back = begin_segment_backward(inputs, options, cu_seqlens, parts, *rest, truncate=truncate)
-        found.append((ext[:2], maps[1], back.state_gradient()[1:3]))
+        out = torch.full((4, 4, 16, 32), torch.nan, device=DEVICE)
+        gradient = back.state_gradient(out=out)
+        assert gradient is out
+        found.append((ext[:2], maps[1], gradient[1:3]))
     for whole, cut, size in zip(*found, (inputs.v, None, d_output / 4), strict=True):
         kept = whole[..., 0, :, :]
         assert torch.equal(kept, cut[..., 0, :, :])
