@@ -30,7 +30,7 @@ from tests.unit.test_symmetric_mixer import close
 RANKS, BYTES = 4, 2**19
 CASES = {
     # The second sequence ends inside rank 0's first segment of it: whole segments, and halos, are padding.
-    "padded zigzag": (partial(ThdLayout.zigzag, [0, 72, 80], seqlens=[63, 2]), GdnDims(2, 2, 16, 16, 4)),
+    "padded zigzag": (partial(ThdLayout.zigzag, [0, 24, 32], seqlens=[17, 2]), GdnDims(2, 2, 16, 16, 4)),
     # Segments shorter than the halo, a sequence that lies on one rank, no sequence at all.
     "contiguous": (partial(ThdLayout.contiguous, [0, 2, 2, 3, 20, 24]), GdnDims(1, 4, 16, 16, 4)),
 }
@@ -58,10 +58,10 @@ def groups_of(states: HostArena, near: HostArena | None = None) -> CpGroups:
     return CpGroups(*made)
 
 
-def two_micro_batches(
+def micro_batches(
     *arenas: HostArena, layout: ThdLayout, dims: GdnDims, batches: list[tuple[Tensor, Tensor]], truncate: bool
 ) -> list[Any]:
-    """Both forwards, then both backwards."""
+    """All forwards, then all backwards."""
     groups, module, forwards = groups_of(*arenas), layer(dims), []
     rank = groups.full.rank()
     for x, _ in batches:
@@ -90,20 +90,19 @@ def truncated(call: FusedCall, truncate: bool) -> FusedCall:
 
 
 @pytest.mark.parametrize(
-    ("name", "a2a_size", "truncate"),
-    [("padded zigzag", 1, True), ("padded zigzag", 2, False), ("contiguous", 1, False)],
+    ("name", "a2a_size", "truncate", "count"), [("padded zigzag", 2, True, 2), ("contiguous", 1, False, 1)]
 )
-def test_two_micro_batches_in_flight_equal_one_rank(name, a2a_size, truncate, monkeypatch):
+def test_micro_batches_in_flight_equal_one_rank(name, a2a_size, truncate, count, monkeypatch):
     monkeypatch.setattr(fused_mixer, "peer_memory", lambda group, device: group.arena)
     cut, dims = CASES[name]
     layout, whole = cut(cp_size=RANKS), cut(cp_size=1)
     padding = layout.global_padding()
     torch.manual_seed(1)
     widths = dims.in_proj_dim, dims.sections[3]
-    batches: Any = [tuple(torch.randn(layout.t_global, width) for width in widths) for _ in range(2)]
+    batches: Any = [tuple(torch.randn(layout.t_global, width) for width in widths) for _ in range(count)]
     if padding is not None:
         batches = [tuple(x.masked_fill(padding[:, None], torch.nan) for x in batch) for batch in batches]
-    run = partial(two_micro_batches, layout=layout, dims=dims, batches=batches, truncate=truncate)
+    run = partial(micro_batches, layout=layout, dims=dims, batches=batches, truncate=truncate)
     ranks = run_threads(run, RANKS, BYTES, partitions=partitions(a2a_size))
     for index, (x, dy) in enumerate(batches):
         module, leaf = layer(dims), x.clone().requires_grad_()

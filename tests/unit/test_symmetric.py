@@ -21,7 +21,10 @@ pytest.importorskip("triton")
 from gdn_cp.comm.layout import ThdLayout, _build_head_perm_for_split_sections
 from gdn_cp.comm.symmetric import PeerMemory, PeerTransport, Slot, natural_rows
 from gdn_cp.comm.symmetric_triton import TileShape
-from gdn_cp.comm.transport import MixerColumns
+from gdn_cp.comm.transport import MixerColumns, RowBuffer
+from gdn_cp.fused_states import fused_states
+from gdn_cp.kernels.conv1d_triton import Channels
+from gdn_cp.kernels.segments import RuleOptions
 from tests.host_peers import HostArena, HostMemory
 
 ROOT = Path(__file__).parents[2]
@@ -260,6 +263,40 @@ def test_two_slots_are_safe_for_any_order_of_layers_and_one_is_not():
     assert first_race(memory.trace) == ""
     one_slot = [(kind, min(slot, 0)) for kind, slot in memory.trace]
     assert "has still to read" in first_race(one_slot)
+
+
+@pytest.mark.usefixtures("stream")
+def test_moves_of_states_and_the_halo_keep_the_rule_of_reuse():
+    memory = RecordedMemory(HostMemory(2, 2**16))
+    layout, dims = ThdLayout.zigzag([0, 64], 2), (1, 16, 16)
+    groups: Any = SimpleNamespace(a2a_size=1, group_index=0, states=object())
+    states = fused_states(layout, groups, Channels(16, 16), dims, 4, RuleOptions(), memory)
+    assert states is not None
+    exchange, buffer = states.rule.exchange, RowBuffer(torch.zeros(32, 64), None, 48)
+
+    def read() -> None:
+        memory.trace.append(("read", [slot for kind, slot in memory.trace if kind == "use"][-1]))
+
+    for backward in (False, True, True, False, True):
+        assert states.fetch_halo(buffer) is not None
+        read()
+        room = exchange.law_room(16, 16)
+        assert room is not None
+        room.lost.fill_(1)
+        _, maps = exchange.forward(room.laws, 16, True)
+        read()
+        if backward:
+            d_ext = exchange.gradient_room(16, 16)
+            assert d_ext is not None
+            exchange.backward(d_ext, maps, True, lambda: None)
+            read()
+            gradient = states.halo_gradient(buffer)
+            assert gradient is not None
+            states.return_halo_gradient(gradient, buffer)
+            read()
+    assert sum(kind == "barrier" for kind, _ in memory.trace) == 5 * 2 + 3 * 2
+    assert first_race(memory.trace) == ""
+    assert "has still to read" in first_race([(kind, min(slot, 0)) for kind, slot in memory.trace])
 
 
 def test_replays_in_any_order_are_safe(stream: SimpleNamespace):
