@@ -325,9 +325,16 @@ def test_a_halo_continues_sequences_cut_anywhere(lengths):
     halo = Halo(x[halo_rows], places)
     parts = boundaries([n for length, cut in zip(lengths, cuts, strict=True) for n in (cut, length - cut)])
     channels, whole = Channels(0, D), boundaries(list(lengths))
-    y, _, _ = convolve_rows(x, weight, bias, parts, channels, T, halo=halo)
+    kept = torch.full((len(at), W - 1, D), torch.nan, device=DEVICE)
+    y, _, _ = convolve_rows(x, weight, bias, parts, channels, T, halo=halo, kept_halo=kept)
     expected, _, _ = convolve_rows(x, weight, bias, whole, channels, T)
     assert torch.equal(y, expected)
+    read = halo.rows[places.clamp(min=0).long()].masked_fill((places < 0)[..., None], 0)
+    tokens = parts.diff() > 0
+    assert torch.equal(kept[tokens], read[tokens])
+    in_order = torch.arange(places.numel(), dtype=torch.int32, device=DEVICE).view_as(places)
+    again = Halo(kept.flatten(0, 1), in_order.masked_fill(places < 0, -1))
+    assert torch.equal(convolve_rows(x, weight, bias, parts, channels, T, halo=again)[0], y)
 
     dx, wanted, d_halo = torch.empty_like(x), torch.empty_like(x), Halo(torch.full_like(halo.rows, torch.nan), places)
     call = {"gradients": dy, "weight": weight, "bias": bias, "channels": channels}

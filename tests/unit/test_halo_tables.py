@@ -59,6 +59,8 @@ def check(layout: ThdLayout, a2a_size: int) -> None:
     gradients = []
     for g, table in enumerate(ranks):
         before, offset = at(table.before, arrived[g]), 0
+        places = torch.arange(table.before.numel()).view_as(table.before)
+        assert torch.equal(table.in_order, torch.where(table.before < 0, -1, places))
         gradient = torch.full((table.returns,), torch.nan)
         for slot, returned in enumerate(table.returned.tolist()):
             used = [place for place in returned if place >= 0]
