@@ -9,7 +9,7 @@ before the next move. Why two slots are enough: while move n+1 fills the other s
 n gave; the barrier of n+1 is behind those reads on every rank's stream; so when move n+2 writes the first slot again,
 all have finished with it. Whatever the backward needs is therefore copied out by the kernel that reads it, and any
 number of micro-batches may be in flight. A replayed CUDA graph starts where the host does not know which slot was last
-in use, so moves that are captured, and all moves after a capture, begin with a barrier of their own. All of a group's
+in use, so the first move of a capture, and all moves after one, begin with a barrier of their own. All of a group's
 moves belong on one stream at a time; a change of stream waits for the last move.
 
 Dimensions: P ranks, T rows of the batch (padded rows included), t = T/P local rows, V value width.
@@ -17,6 +17,7 @@ Dimensions: P ranks, T rows of the batch (padded rows included), t = T/P local r
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, Protocol
@@ -92,6 +93,7 @@ class PeerMemory:
         self._capacity = 0
         self._last = 0
         self._captured = False
+        self._capture: int | None = None
         self._stream: torch.cuda.Stream | None = None
         self._kept: list[Any] = []
 
@@ -123,8 +125,10 @@ class PeerMemory:
             if self._stream is not None and not capturing:
                 stream.wait_stream(self._stream)
             self._stream = stream
-        if capturing or self._captured:
-            self._captured = True
+        before, self._capture = self._capture, capture_number(raw_stream(self.device)) if capturing else None
+        self._captured = self._captured or capturing
+        # Behind the first move of a capture all is as it was when captured.
+        if self._captured and (self._capture is None or self._capture != before):
             self.settle()
         self._last = (self._last + 1) % SLOTS
         return self._slots[self._last]
@@ -165,6 +169,17 @@ class PeerMemory:
             addresses = torch.tensor([start + index * self._capacity for start in starts], device=self.device)
             self._slots.append(Slot(memory.narrow(0, index * self._capacity, self._capacity), addresses))
         torch.cuda.synchronize(self.device)
+
+
+def capture_number(stream: int) -> int | None:
+    """Which of this process's captures a stream is in, by the driver; None where it does not say."""
+    active, status, number = 1, ctypes.c_int(), ctypes.c_uint64()
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+    failed = ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None)
+    return number.value if not failed and status.value == active else None
 
 
 _rows: WeakKeyDictionary[ThdLayout, dict[tuple[int, int], Tensor]] = WeakKeyDictionary()

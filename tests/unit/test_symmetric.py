@@ -184,7 +184,7 @@ class RecordedMemory(PeerMemory):
 @pytest.fixture
 def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What torch.cuda says of the current stream."""
-    state = SimpleNamespace(capturing=False, waited=[], name="main")
+    state = SimpleNamespace(capturing=False, waited=[], name="main", capture=None)
     made: dict[str, Any] = {}
 
     def current(device: object = None) -> Any:
@@ -195,6 +195,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "current_stream", current)
     monkeypatch.setattr("gdn_cp.comm.symmetric.raw_stream", lambda device: state.name)
+    monkeypatch.setattr("gdn_cp.comm.symmetric.capture_number", lambda stream: state.capture)
     return state
 
 
@@ -299,17 +300,20 @@ def test_moves_of_states_and_the_halo_keep_the_rule_of_reuse():
     assert "has still to read" in first_race([(kind, min(slot, 0)) for kind, slot in memory.trace])
 
 
-def test_replays_in_any_order_are_safe(stream: SimpleNamespace):
+@pytest.mark.parametrize("known", [True, False], ids=["captures are numbered", "nobody numbers captures"])
+def test_replays_in_any_order_are_safe(known: bool, stream: SimpleNamespace):
     memory, transport = recorded()
     one_layer(memory.trace, transport)  # warm-up
     graphs = []
     for backward in (False, True):
         memory.trace.clear()
-        stream.capturing = True
+        stream.capturing, stream.capture = True, len(graphs) if known else None
         one_layer(memory.trace, transport, backward)
         transport.send_in(torch.zeros(2, transport.columns.width), False)  # an odd number of moves
         graphs.append([*memory.trace, ("read", memory._last)])
-    stream.capturing = False
+        moves = sum(kind == "use" for kind, _ in memory.trace)
+        assert sum(kind == "barrier" for kind, _ in memory.trace) == moves + (1 if known else moves)
+    stream.capturing, stream.capture = False, None
     memory.trace.clear()
     one_layer(memory.trace, transport)
     eager = list(memory.trace)
