@@ -6,9 +6,9 @@ whether its M is lost, which is decided on the device (truncation): a lost M is 
 behind which one is lost before the state reaches a segment of this rank: so with gates that forget, what travels is
 the S_ext of the segments right before one's own.
 
-Example, zigzag on 2 ranks, one sequence, one head: its segments are A (rank 0), B (rank 1), C (rank 0). For C rank 0
-takes the S_ext of B always, and unless the M of B is lost this M, and its own S_ext of A out of the slot. Backward it
-takes for A the dS_ext of B, and its own of C unless that M is lost. Rank 1 takes the S_ext of A, and the dS_ext of C.
+Example, zigzag on 2 ranks, one sequence, one head: its segments are A (rank 0), B and C (rank 1), D (rank 0). For D
+rank 0 takes the S_ext of C always, that of B unless the M of C is lost, and that of A, out of its own slot, unless one
+of B and C is; and the M of B and C that are not. Rank 1 takes the S_ext of A for B, and its own of B for C.
 
 Dimensions: n segments of this rank, `slots` those of the rank that has most, HV heads of this rank, K, V head dims, G
 ranks of the state group.

@@ -112,9 +112,11 @@ def test_example():
     first, second = (state_peers(layout, 1, g, 1) for g in range(2))
     assert state_peers(layout, 1, 0, 1) is first
     assert first.slots == 2
-    assert (first.maps.tolist(), second.maps.tolist()) == ([2], [2])
-    assert (first.laws.items.tolist(), second.laws.items.tolist()) == ([[2, 0, 0], [0, 0, 1]], [[0, 0, 0]])
-    assert (first.gradients.items.tolist(), second.gradients.items.tolist()) == ([[2, 0, 0], [1, 0, 1]], [[1, 0, 0]])
+    assert (first.maps.tolist(), second.maps.tolist()) == ([2, 3], [2, 3])
+    assert first.laws.items.tolist() == [[2, 1, 2], [3, 0, 0], [0, 0, 2]]
+    assert second.laws.items.tolist() == [[0, 0, 0], [2, 0, 0]]
+    assert first.gradients.items.tolist() == [[2, 0, 0], [3, 0, 1], [1, 0, 2]]
+    assert second.gradients.items.tolist() == [[1, 0, 0], [3, 0, 0]]
 
 
 def gathered(layout: ThdLayout, g: int, laws: Laws) -> tuple[Tensor, Tensor]:
