@@ -39,10 +39,9 @@ ROUNDINGS = {
     "W": "W, stored",
     "beta R": "beta R, in the product that makes U",
     "U": "U, stored",
-    "u": "U, in products of the scores",
+    "u": "U, in the product that makes F",
     "D": "D, stored",
     "F": "F, stored",
-    "dO (dq)": "scaled dO, in dq",
     "results": "outputs and gradients, stored",
 }
 
@@ -192,13 +191,12 @@ def _local(
     w_dot_ks = ((w + W) * KS).sum(-1)
     u = A @ rounded("beta R", b * R) + b * R
     U = rounded("U", k_end[..., None] * u)
-    u = rounded("u", u).mT
-    D = (x.do @ u) * Gam * (x.scale * x.rq)[..., None] * x.rk[..., None, :]
-    E = ((M @ u) * Gam * x.rk[..., None] * x.rk[..., None, :]).tril(-1)
+    # The kernel multiplies what rounding U takes too.
+    D = (x.do @ u.mT) * Gam * (x.scale * x.rq)[..., None] * x.rk[..., None, :]
+    E = ((M @ rounded("u", u).mT) * Gam * x.rk[..., None] * x.rk[..., None, :]).tril(-1)
     EKK = E * KK
     decayed = (D * QK).tril(-1) - b * EKK
-    do_scaled = rounded("dO (dq)", x.scale * gamma * x.rq[..., None] * x.do)
-    dq, dk = do_scaled @ S.mT, W @ S.mT + U @ dS.mT
+    dq, dk = x.scale * gamma * x.rq[..., None] * (x.do @ S.mT), W @ S.mT + U @ dS.mT
     added = (x.k * dk).sum(-1)
     dG = decayed.sum(-1) - decayed.sum(-2) + w_dot_ks + (x.q * dq).sum(-1) - added
     dG[..., -1] += gamma[..., -1, 0] * (S * dS).sum((-1, -2)) + (added - w_dot_ks / 2).sum(-1)
