@@ -285,9 +285,8 @@ def main(options: Options) -> int:
     for name, row in table.items():
         print(f"{name:9} {ROUNDINGS.get(name, ''):50}" + "".join(f"{100 * row[result]:15.3f}" for result in results))
     for name, row in sums.items():
-        print(
-            f"{name:9} " + "; ".join(f"{x}: " + ", ".join(f"{k} {100 * y:.3f}" for k, y in row[x].items()) for x in row)
-        )
+        for result, numbers in row.items():
+            print(f"{name:9} {result:9}" + "".join(f"  {word} {100 * x:.3f} %" for word, x in numbers.items()))
     if options.output:
         content = {"kind": "roundings", "machine": machine(), "errors": table} | ({"sums": sums} if sums else {})
         write_json(options.output, content)
