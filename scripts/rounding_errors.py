@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from kernel_cases import Case, errors, loss_weights, machine, make_inputs, oracle, write_json
+from kernel_cases import LIMIT, Case, errors, loss_weights, machine, make_inputs, oracle, write_json
 from torch import Tensor
 
 C = 64
@@ -39,12 +39,13 @@ ROUNDINGS = {
     "W": "W, stored",
     "beta R": "beta R, in the product that makes U",
     "U": "U, stored",
-    "u": "U, in products of the scores",
+    "u": "U, in the product that makes F",
     "D": "D, stored",
     "F": "F, stored",
-    "dO (dq)": "scaled dO, in dq",
     "results": "outputs and gradients, stored",
 }
+
+WALKS = {"A", "P", "Y", "A rho", "X", "R", "dO", "gamma M"}  # what changes states and their gradients themselves
 
 
 class Rounding:
@@ -192,13 +193,12 @@ def _local(
     w_dot_ks = ((w + W) * KS).sum(-1)
     u = A @ rounded("beta R", b * R) + b * R
     U = rounded("U", k_end[..., None] * u)
-    u = rounded("u", u).mT
-    D = (x.do @ u) * Gam * (x.scale * x.rq)[..., None] * x.rk[..., None, :]
-    E = ((M @ u) * Gam * x.rk[..., None] * x.rk[..., None, :]).tril(-1)
+    # The kernel multiplies what rounding U takes too.
+    D = (x.do @ u.mT) * Gam * (x.scale * x.rq)[..., None] * x.rk[..., None, :]
+    E = ((M @ rounded("u", u).mT) * Gam * x.rk[..., None] * x.rk[..., None, :]).tril(-1)
     EKK = E * KK
     decayed = (D * QK).tril(-1) - b * EKK
-    do_scaled = rounded("dO (dq)", x.scale * gamma * x.rq[..., None] * x.do)
-    dq, dk = do_scaled @ S.mT, W @ S.mT + U @ dS.mT
+    dq, dk = x.scale * gamma * x.rq[..., None] * (x.do @ S.mT), W @ S.mT + U @ dS.mT
     added = (x.k * dk).sum(-1)
     dG = decayed.sum(-1) - decayed.sum(-2) + w_dot_ks + (x.q * dq).sum(-1) - added
     dG[..., -1] += gamma[..., -1, 0] * (S * dS).sum((-1, -2)) + (added - w_dot_ks / 2).sum(-1)
@@ -219,6 +219,25 @@ def _local(
     }
 
 
+def sum_errors(
+    found: dict[str, Tensor], expected: dict[str, Tensor], inputs: dict[str, Tensor], group: int
+) -> dict[str, dict[str, float]]:
+    """Root mean square, largest, and share above 1 %, of the errors of dA_log and ddt_bias, the sums over all tokens,
+    as if each `group` heads were a problem of their own."""
+    names, result = ("dA_log", "ddt_bias"), {}
+    rows = []
+    for i in range(0, len(expected["dA_log"]), group):
+        own = slice(i, i + group)
+        exact = {name: expected[name][own] for name in names} | {"dg": expected["dg"][..., own]}
+        given = {"g": inputs["g"][..., own], "A_log": inputs["A_log"][own], "dt_bias": inputs["dt_bias"][own]}
+        rows.append(errors({name: found[name][own] for name in names}, exact, given))
+    for name in names:
+        x = torch.tensor([row[name] for row in rows])
+        share = (x > LIMIT).double().mean().item()
+        result[name] = {"rms": x.square().mean().sqrt().item(), "largest": x.max().item(), "above 1 %": share}
+    return result
+
+
 @dataclass
 class Options:
     """Errors of one shape by their cause."""
@@ -235,6 +254,8 @@ class Options:
     """Size of a component that all tokens of a head have in common in q, k, v, relative to the random one."""
     seed: int = 0
     """Of the data."""
+    group: int = 0
+    """If not 0: also errors of sums over all tokens for each so many heads, of all roundings, each, and the walks'."""
     output: Path | None = None
     """Where the JSON goes, if anywhere."""
 
@@ -252,13 +273,23 @@ def main(options: Options) -> int:
     expected = oracle(inputs, case, None)
     chunks = chunks_of(case, inputs)
     runs = {"all": set(ROUNDINGS), "none": set()} | {name: {name} for name in ROUNDINGS}
-    table = {name: errors(emulate(chunks, Rounding(names)), expected, inputs) for name, names in runs.items()}
+    table, sums = {}, {}
+    for name, names in (runs | ({"walks": WALKS} if options.group else {})).items():
+        found = emulate(chunks, Rounding(names))
+        if name in runs:
+            table[name] = errors(found, expected, inputs)
+        if options.group:
+            sums[name] = sum_errors(found, expected, inputs, options.group)
     results = list(table["all"])
     print(f"error in %{'':50}" + "".join(f"{name:>15}" for name in results))
     for name, row in table.items():
         print(f"{name:9} {ROUNDINGS.get(name, ''):50}" + "".join(f"{100 * row[result]:15.3f}" for result in results))
+    for name, row in sums.items():
+        for result, numbers in row.items():
+            print(f"{name:9} {result:9}" + "".join(f"  {word} {100 * x:.3f} %" for word, x in numbers.items()))
     if options.output:
-        write_json(options.output, {"kind": "roundings", "machine": machine(), "errors": table})
+        content = {"kind": "roundings", "machine": machine(), "errors": table} | ({"sums": sums} if sums else {})
+        write_json(options.output, content)
     return int(max(table["none"].values()) > 1e-9)
 
 

@@ -55,6 +55,8 @@ from gdn_cp.kernels.chunk_bwd_chains import (
 )
 from gdn_cp.kernels.chunk_bwd_rows import second_share
 
+LEAST_DECAY = tl.constexpr(2.0**-60)
+
 
 @triton.jit
 def _norm_gradient(y_t, x_t, r):
@@ -121,9 +123,13 @@ def scores_kernel(
         bR = tl.where(valid[:, None], b[:, None] * R, 0.0)
         u = tl.dot(Ag_tile, bR.to(dtype), acc=bR, input_precision=PRECISION)
         store_matrix_tile(U, (to_end[:, None] * u).to(dtype), own, i_v, C, V, C, BV, TMA)
-        u_t = tl.trans(u.to(dtype))
-        dP = tl.dot(do_tile, u_t, acc=dP, input_precision=PRECISION)
-        MU = tl.dot(m_tile, u_t, acc=MU, input_precision=PRECISION)
+        u_b = u.to(dtype)
+        dP = tl.dot(do_tile, tl.trans(u_b), acc=dP, input_precision=PRECISION)
+        if dtype != tl.float32:
+            # What rounding U took is most of the error of sums over the rows of dP, and so of the gate's gradient.
+            u_rest = (u - u_b.to(tl.float32)).to(dtype)
+            dP = tl.dot(do_tile, tl.trans(u_rest), acc=dP, input_precision=PRECISION)
+        MU = tl.dot(m_tile, tl.trans(u_b), acc=MU, input_precision=PRECISION)
     # Rows past the end are left out, not multiplied by 0: what is there may not be finite.
     lower = (i_c[:, None] >= i_c[None, :]) & valid[:, None]
     strict = (i_c[:, None] > i_c[None, :]) & valid[:, None]
@@ -160,7 +166,7 @@ def dq_kernel(
     """One program: chunk c0 + id // H and q/k head id % H; dQ over all value heads of that head, and of each
     value head q_dots [.., C] = Q . (scale gamma dO S^T), for `row_gradients_kernel`.
 
-    dQ^T = sum of S (diag(scale gamma rq) dO)^T + K^T D^T, then the norm's part. q and dq may be the same memory: the
+    dQ^T = sum of (S dO^T) diag(scale gamma rq) + K^T D^T, then the norm's part. q and dq may be the same memory: the
     tile is written last, and nobody reads q after this kernel.
     """
     pid = tl.program_id(0)
@@ -172,36 +178,41 @@ def dq_kernel(
     row = tl.load(chunks + chunk * 4 + 1).to(tl.int64)
     n_rows = tl.load(chunks + chunk * 4 + 2)
     i_c = tl.arange(0, C)
-    valid = i_c < n_rows
     q_at = q + row * stride_qt + hk * stride_qh
-    q_norm = tl.full([C], 1.0, tl.float32)
-    if rq is not None:
-        q_norm = tl.load(rq + (chunk * H + hk) * C + i_c)
     dq_t = tl.zeros([BK, C], tl.float32)
     q_dot = tl.zeros([C], tl.float32)
+    unit = tl.full([C], 1.0, tl.float32)
     for j in range(HV // H):
         hv = hk * (HV // H) + j
         own = local * HV + hv
-        factor = scale * tl.exp(tl.load(G + (chunk * HV + hv) * C + i_c)) * q_norm
+        # The accumulator is in units of this head's decay: dO, multiplied by it, would have to be rounded again.
+        gamma = tl.maximum(tl.exp(tl.load(G + (chunk * HV + hv) * C + i_c)), LEAST_DECAY)
+        dq_t *= (unit / gamma)[None, :]
+        unit = gamma
         for i_v in tl.range(0, (V + BV - 1) // BV, num_stages=STAGES):
             S = matrix_tile(h, own, i_v, K, V, BK, BV, TMA)
             do_tile = token_tile(do, row, hv, i_v, n_rows, stride_ot, stride_oh, V, BV, C, TMA)
-            # Rows of dO past the end may be another sequence's.
-            do_scaled = tl.where(valid[:, None], do_tile.to(tl.float32) * factor[:, None], 0.0).to(do_tile.dtype)
-            dq_t = tl.dot(S, tl.trans(do_scaled), acc=dq_t, input_precision=PRECISION)
+            dq_t = tl.dot(S, tl.trans(do_tile), acc=dq_t, input_precision=PRECISION)
         if q_dots is not None:
             # Loaded where it is used: held in registers all along, the tile would cost a program on the multiprocessor.
             q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
-            so_far = tl.sum(tl.trans(q_tile).to(tl.float32) * dq_t, 0)
+            so_far = tl.sum(tl.trans(q_tile).to(tl.float32) * dq_t, 0) * (unit * scale)
+            if rq is not None:
+                so_far *= tl.load(rq + (chunk * H + hk) * C + i_c)
             tl.store(q_dots + (chunk * HV + hv) * C + i_c, so_far - q_dot)
             q_dot = so_far
+    unit *= scale
+    if rq is not None:
+        unit *= tl.load(rq + (chunk * H + hk) * C + i_c)
+    # Rows of dO past the end may be another sequence's.
+    dq_t = tl.where(i_c[None, :] < n_rows, dq_t * unit[None, :], 0.0)
     k_tile = load_rows(k + row * stride_kt + hk * stride_kh, 0, n_rows, stride_kt, K, BK, C)
     for j in range(HV // H):
         D_tile = load_state(D + (local * HV + hk * (HV // H) + j) * (C * C), 0, C, C, C, C, False)
         dq_t = tl.dot(tl.trans(k_tile), tl.trans(D_tile), acc=dq_t, input_precision=PRECISION)
     if rq is not None:
         q_tile = load_rows(q_at, 0, n_rows, stride_qt, K, BK, C)
-        dq_t = _norm_gradient(dq_t, tl.trans(q_tile), q_norm)
+        dq_t = _norm_gradient(dq_t, tl.trans(q_tile), tl.load(rq + (chunk * H + hk) * C + i_c))
     store_rows(dq + row * stride_dt + hk * stride_dh, tl.trans(dq_t), 0, n_rows, stride_dt, K, BK, C)
 
 

@@ -247,6 +247,62 @@ def test_gradient_before_a_sequence_keeps_what_rounding_the_last_step_lost():
     assert (got - expected).norm() < 2 * K**-0.5 * 2**-12.3 * expected.norm()
 
 
+def _one_chunk_in_float16(beta: float, rows: int, state: bool) -> tuple[Tensor, Tensor]:
+    """The gate's gradient of one chunk of orthogonal keys in float16, gate and beta in float32; and the exact one."""
+    generator = torch.Generator().manual_seed(5)
+    K, V = 64, 32
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, torch.float16)
+
+    q, v, do, h0 = random(1, rows, 1, K), random(1, rows, 1, V), random(1, rows, 1, V), random(1, 1, K, V)
+    k = torch.eye(rows, K, dtype=torch.float16, device=DEVICE)[None, :, None]
+    g = torch.linspace(-0.3, 0.0, rows, device=DEVICE)[None, :, None]
+
+    def gradient(function: Callable[..., Any], dtype: torch.dtype | None) -> Tensor:
+        leaf = g.to(dtype or g.dtype).requires_grad_()
+        b = torch.full_like(leaf, beta).detach()
+        initial = h0.to(dtype or torch.float32) if state else None
+        o, _ = function(*(x.to(dtype or x.dtype) for x in (q, k, v)), leaf, b, 1.0, initial, False)
+        return torch.autograd.grad(o, leaf, do.to(o.dtype))[0].double()
+
+    return gradient(chunk_gated_delta_rule_triton, None), gradient(recurrent_gated_delta_rule_reference, torch.float64)
+
+
+def test_gate_gradient_loses_nothing_by_rounding_the_outputs_gradient():
+    """With beta = 0 and a state that float16 holds, all of it is sums of Q . (S dO^T), whose factors are as given."""
+    got, expected = _one_chunk_in_float16(beta=0.0, rows=50, state=True)
+    assert (got - expected).norm() < TOLERANCE * expected.norm()
+
+
+def test_gate_gradient_loses_nothing_by_rounding_u_for_the_scores():
+    """With orthogonal keys and no state, U = V / 3, and all of it is sums over dO U^T, by rows and by columns. U as
+    rounded is off by 2^-12.3 of its norm on average; with its rest, rounded too, by less than float32's sums."""
+    got, expected = _one_chunk_in_float16(beta=1 / 3, rows=50, state=False)
+    assert (got - expected).norm() < TOLERANCE * expected.norm()
+
+
+def test_query_gradient_of_value_heads_that_decay_very_differently():
+    """They share an accumulator, which is kept in units of the decay of the head at hand."""
+    case = Case(T=70, HV=4, K=32, gate="log")
+    inputs = _inputs(case)
+    strengths = torch.tensor([-3.0, -1e-3, -0.5, -40.0])
+    inputs["g"] = strengths.expand(1, case.T, case.HV).contiguous()
+
+    def dq(function: Callable[..., Any], dtype: torch.dtype, device: str) -> Tensor:
+        leaves = {name: None if x is None else x.to(device, dtype).requires_grad_() for name, x in inputs.items()}
+        flags = {"use_qk_l2norm_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
+        o, _ = function(**leaves, scale=-0.7, output_final_state=False, **flags)
+        weights = torch.linspace(-1, 1, o.numel(), dtype=torch.float64).view(o.shape)
+        q = leaves["q"]
+        assert q is not None
+        return torch.autograd.grad(o, q, weights.to(device, dtype))[0]
+
+    got = dq(chunk_gated_delta_rule_triton, torch.float32, DEVICE)
+    expected = dq(recurrent_gated_delta_rule_reference, torch.float64, "cpu")
+    _assert_close({"q": got.cpu()}, {"q": expected})
+
+
 def test_gradient_of_the_output_may_be_a_view():
     """A gradient arrives as autograd made it: transposed, expanded or with gaps between its rows."""
     case = Case(T=66, B=2)

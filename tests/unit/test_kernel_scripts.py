@@ -57,8 +57,10 @@ def test_check_compares_with_float64_and_writes_what_it_found(tmp_path: Path):
 
 def test_rounding_errors_add_up_by_squares(tmp_path: Path):
     output = tmp_path / "roundings.json"
-    run("scripts/rounding_errors.py", "--tokens", "100", "--dims", "32", "48", "--output", str(output))
-    table = json.loads(output.read_text())["errors"]
+    run("scripts/rounding_errors.py", "--tokens", "100", "--dims", "32", "48", "--group", "4", "--output", str(output))
+    content = json.loads(output.read_text())
+    table, sums = content["errors"], content["sums"]
+    assert 0 < sums["walks"]["dA_log"]["rms"] < sums["all"]["dA_log"]["rms"] <= sums["all"]["dA_log"]["largest"]
     everything, nothing = table.pop("all"), table.pop("none")
     assert max(nothing.values()) < 1e-9
     # Of sums over few tokens, dA_log and ddt_bias, the errors are few numbers: their squares add up on average only.
