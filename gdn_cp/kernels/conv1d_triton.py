@@ -30,6 +30,7 @@ MIN_TAPS, MAX_TAPS = 2, 8
 MAX_WARPS = 4
 FORWARD_BYTES = 16  # of a row that one thread reads
 FORWARD_GROUP = 8  # rows whose loads are issued together
+FORWARD_REGISTERS = 128  # what that takes with up to 4 taps
 # In the backward a thread also holds W + 1 sums and W - 1 unfinished rows for each channel. With 4 channels, and 4 rows
 # of x and of dy in work while the next 4 are loaded, it takes about 160 registers for W = 4: 12 warps fit on a
 # multiprocessor. With 8 channels 8 warps did, even without loading ahead, which left the memory idle between loads.
@@ -122,6 +123,11 @@ def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread
     return sizes, 2 * cdiv(qk, BD) + cdiv(v, BD)
 
 
+def _registers(W: int, halo: bool) -> dict[str, int]:
+    """What reads a halo may have no more registers than without: a few more cost a program on the multiprocessor."""
+    return {"maxnreg": FORWARD_REGISTERS} if halo and W <= 4 else {}
+
+
 @launches
 def convolve_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, channels: Channels, num_rows: int,
@@ -163,7 +169,7 @@ def convolve_rows(
             tables.chunks, tables.num_chunks, joined, x.stride(0), _row_stride(halo), y.stride(0), channels.share,
             0 if gates is None else gates.first,
             **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
-            HALO=halo is not None,
+            HALO=halo is not None, **_registers(weight.shape[1], halo is not None),
         )  # fmt: skip
     return y, copied, kept
 
@@ -337,7 +343,14 @@ def _cases_of(
         divisible = tuple(n for n in strides if n in signature)
         cases.append(
             CompileCase(
-                f"conv1d.{kind}/{name}", kernel, signature, given, num_warps=warps, divisible=divisible, main=main
-            )
+                f"conv1d.{kind}/{name}",
+                kernel,
+                signature,
+                given,
+                num_warps=warps,
+                divisible=divisible,
+                main=main,
+                **(_registers(W, halo) if kind == "forward" else {}),
+            )  # fmt: skip
         )
     return cases
