@@ -341,16 +341,7 @@ def _cases_of(
         given = {n: value for n, value in given.items() if n in kernel.arg_names}
         signature = {n: types.get(n, x) for n in kernel.arg_names if n not in given}
         divisible = tuple(n for n in strides if n in signature)
-        cases.append(
-            CompileCase(
-                f"conv1d.{kind}/{name}",
-                kernel,
-                signature,
-                given,
-                num_warps=warps,
-                divisible=divisible,
-                main=main,
-                **(_registers(W, halo) if kind == "forward" else {}),
-            )  # fmt: skip
-        )
+        limit = _registers(W, halo) if kind == "forward" else {}
+        options: dict[str, Any] = {"num_warps": warps, "divisible": divisible, "main": main, **limit}
+        cases.append(CompileCase(f"conv1d.{kind}/{name}", kernel, signature, given, **options))
     return cases
