@@ -32,6 +32,7 @@ import numpy as np
 from gdn_cp.comm.cuts import Cut, Runs, check_cut, cut_batch
 from gdn_cp.comm.lengths import IntVector, read_cu_seqlens, read_size
 from gdn_cp.comm.state_gather import GATHER_BYTES
+from gdn_cp.comm.state_peers import PEER_BYTES
 
 CHUNK = 64  # tokens that the rule takes at a time
 STATE_BYTES = 4  # states travel and are kept in float32
@@ -178,7 +179,7 @@ def plan(
         kind: how the batch is cut: "zigzag", "contiguous" (the flat buffer), or "batched" (each sequence contiguously).
         element_size: bytes of an activation, 2 for bfloat16.
         machine: the name of a stored kind, a JSON file, or a `Machine`. Give every rank the same.
-        peers: whether tokens that all ranks exchange move through peers' memory, if one node holds the ranks.
+        peers: whether tokens and states move through peers' memory, if one node holds the ranks.
 
     Raises ValueError for boundaries that cannot be cut (as `ThdLayout` does), an unknown kind or machine.
 
@@ -261,7 +262,7 @@ class _Model:
             halo_bytes=halo,
             kept_bytes=kept,
             exchange_us=self._exchange_us(exchange, a2a_size),
-            state_us=self._state_us(at, state + halo, 4 if gathered else 6),  # 2 of the halo
+            state_us=self._state_us(at, state + halo, gathered),
             rule_us=self._rule_us(at, heads),
             rows_us=self._rows_us(),
             host_us=self._host_us(at, a2a_size, gathered),
@@ -270,7 +271,7 @@ class _Model:
     def _exchange_us(self, sent: int, a2a_size: int) -> float:
         if a2a_size == 1:
             return 0.0
-        if self.peers and a2a_size == self.ranks:
+        if self.peers:
             return sent / (self.machine.peer_gb_per_s * 1e3) + 4 * self.machine.peer_latency_us
         return self._wire_us(sent, a2a_size, collectives=4)
 
@@ -300,8 +301,10 @@ class _Model:
         return heads * STATE_BYTES * K * V, heads * STATE_BYTES * K * K
 
     def _gathers(self, at: _Geometry, groups: int, heads: int) -> bool:
-        """As `gdn_cp.state_exchange` decides."""
-        return groups * int(at.segments.max(initial=0)) * sum(self._matrices(heads)) <= GATHER_BYTES
+        """As `gdn_cp.state_exchange` decides: whether nobody composes for others. Through peers' memory is taken for a
+        gather, in which everything travels, since nobody knows what truncation will leave."""
+        limit = max(GATHER_BYTES, PEER_BYTES) if self.peers else GATHER_BYTES
+        return groups * int(at.segments.max(initial=0)) * sum(self._matrices(heads)) <= limit
 
     def _gathered_bytes(self, at: _Geometry, groups: int, heads: int) -> tuple[int, int]:
         """(sent, kept): all laws forward, all gradients of states backward, to every other rank. At most M of all."""
@@ -320,10 +323,13 @@ class _Model:
         kept = int(at.segments.max(initial=0)) * state + int(at.both.sum()) * transfer // groups
         return sent, kept if at.steps else 0
 
-    def _state_us(self, at: _Geometry, sent: int, collectives: int) -> float:
+    def _state_us(self, at: _Geometry, sent: int, gathered: bool) -> float:
         if not at.steps:
             return 0.0
-        wire = self._wire_us(sent, self.ranks, collectives=collectives)
+        if self.peers and gathered:
+            wire = sent / (self.machine.peer_gb_per_s * 1e3) + 4 * self.machine.peer_latency_us
+        else:
+            wire = self._wire_us(sent, self.ranks, collectives=4 if gathered else 6)  # 2 of the halo
         return wire + self.machine.state_launch_us + at.steps * self.machine.merge_step_us
 
     def _wire_us(self, sent: int, span: int, *, collectives: int) -> float:

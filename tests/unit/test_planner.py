@@ -97,11 +97,18 @@ def test_few_tokens_take_what_the_host_launches_soonest():
     assert "most is gained on host" in made.reason
 
 
-def test_peers_memory_moves_the_tokens_of_one_node():
+def test_peers_memory_moves_the_tokens_and_states_of_one_node():
     machine = replace(Machine.named("h200"), link_gb_per_s=100.0, peer_gb_per_s=400.0, peer_latency_us=2.0)
     collective, peers = (plan([0, 65536], 8, DIMS, machine=machine, peers=on).predictions for on in (False, True))
-    assert peers[-1].exchange_us == pytest.approx(peers[-1].exchange_bytes / 400e3 + 8)
-    assert collective[:-1] == peers[:-1]
+    for before, after in zip(collective[1:], peers[1:], strict=True):
+        assert after.exchange_us == pytest.approx(after.exchange_bytes / 400e3 + 8)
+        assert after.exchange_us < before.exchange_us
+    wire = [(p.state_bytes + p.halo_bytes) / (speed * 1e3) for p, speed in ((collective[1], 100), (peers[1], 400))]
+    latencies = 4 * (machine.link_latency_us - 2)
+    saved = collective[1].state_us - peers[1].state_us
+    assert saved == pytest.approx(wire[0] - wire[1] + latencies)
+    # Laws of eight ranks, 64 MiB, are composed by others where they travel in collectives.
+    assert peers[0].kept_bytes > collective[0].kept_bytes
     far = replace(machine, ranks_per_node=4)
     assert plan([0, 65536], 8, DIMS, machine=far, peers=True) == plan([0, 65536], 8, DIMS, machine=far)
 
