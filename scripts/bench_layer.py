@@ -89,6 +89,9 @@ class Options:
     """Compare with megatron-core's layer."""
     graphs: tuple[str, ...] = ("16k-one", "16k-four", "16k-17mixed")
     """Cases of which this package's layer is also replayed as a CUDA graph."""
+    one_thread: tuple[str, ...] = ("16k-one", "16k-four", "16k-17mixed")
+    """Cases that are also timed with the backward on the forward's thread, as the training job of this package runs
+    it: autograd's own thread finds its core's caches cold."""
     breakdown: tuple[str, ...] = ()
     """Cases of which every kernel is listed."""
     check_tokens: int = 2048
@@ -110,6 +113,7 @@ class Row:
     sequences: int
     contender: str
     eager_ms: float | None = None
+    one_thread_ms: float | None = None
     graph_ms: float | None = None
     kept_kib_per_token: float | None = None
     peak_kib_per_token: float | None = None
@@ -218,6 +222,10 @@ def measure_case(name: str, layers: Layers, options: Options, world: World) -> t
         for contender, runner in runners.items()
         if not rows[contender].note
     }
+    if name in options.one_thread:
+        with torch.autograd.set_multithreading_enabled(False):
+            for contender, milliseconds in time_by_turns(steps, world, options.repeats, options.calls).items():
+                rows[contender].one_thread_ms = milliseconds
     for contender, milliseconds in time_by_turns(steps, world, options.repeats, options.calls).items():
         rows[contender].eager_ms = milliseconds
         rows[contender].kept_kib_per_token, rows[contender].peak_kib_per_token = _memory(
@@ -258,8 +266,11 @@ def list_kernels(rows: list[Row], steps: dict[str, Callable], world: World) -> N
 def print_header(world: World) -> None:
     """What the columns of `print_rows` are."""
     world.say("\nmilliseconds of forward and backward; KiB per local token kept after the forward, and at the peak;")
-    world.say("x = times faster than megatron's layer, and the share of its peak")
-    world.say(f"{'case':12} {'layer':13} {'eager':>8} {'x':>5} {'graph':>8} {'kept':>6} {'peak':>6} {'of theirs':>9}")
+    world.say(
+        "x = times faster than megatron's layer, and the share of its peak; one: with one thread"
+    )
+    heads = f"{'eager':>8} {'x':>5} {'one':>8} {'x':>5} {'graph':>8} {'kept':>6} {'peak':>6} {'of theirs':>9}"
+    world.say(f"{'case':12} {'layer':13} {heads}")
 
 
 def print_rows(rows: list[Row], world: World) -> None:
@@ -269,7 +280,9 @@ def print_rows(rows: list[Row], world: World) -> None:
         other = theirs.get(row.case)
         faster = _ratio(other and other.eager_ms, row.eager_ms)
         share = _ratio(row.peak_kib_per_token, other and other.peak_kib_per_token)
-        cells = [_cell(row.eager_ms, "8.3f"), _cell(faster, "5.2f"), _cell(row.graph_ms, "8.3f")]
+        one = _ratio(other and other.one_thread_ms, row.one_thread_ms)
+        cells = [_cell(row.eager_ms, "8.3f"), _cell(faster, "5.2f"), _cell(row.one_thread_ms, "8.3f")]
+        cells += [_cell(one, "5.2f"), _cell(row.graph_ms, "8.3f")]
         cells += [_cell(row.kept_kib_per_token, "6.1f"), _cell(row.peak_kib_per_token, "6.1f"), _cell(share, "9.2f")]
         world.say(f"{row.case:12} {row.contender:13} {' '.join(cells)} {row.note}".rstrip())
 

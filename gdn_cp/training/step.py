@@ -95,7 +95,9 @@ def accumulate_gradients(
             losses = engine.module(attention_mask=None, **inputs)
             loss = losses[0].float().masked_fill(~mask, 0.0).sum() / plan.num_targets
             progress.enter("backward")
-            loss.backward()
+            # A process has one GPU. Autograd's own thread for it would launch the same from a core with cold caches.
+            with torch.autograd.set_multithreading_enabled(False):
+                loss.backward()
         total += loss.detach()
         taken = inputs["packed_seq_params"].a2a_size_taken
         a2a_sizes += [] if taken is None else [taken]
