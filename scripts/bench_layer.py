@@ -266,9 +266,7 @@ def list_kernels(rows: list[Row], steps: dict[str, Callable], world: World) -> N
 def print_header(world: World) -> None:
     """What the columns of `print_rows` are."""
     world.say("\nmilliseconds of forward and backward; KiB per local token kept after the forward, and at the peak;")
-    world.say(
-        "x = times faster than megatron's layer, and the share of its peak; one: with one thread"
-    )
+    world.say("x = times faster than megatron's layer, and the share of its peak; one: with one thread")
     heads = f"{'eager':>8} {'x':>5} {'one':>8} {'x':>5} {'graph':>8} {'kept':>6} {'peak':>6} {'of theirs':>9}"
     world.say(f"{'case':12} {'layer':13} {heads}")
 
