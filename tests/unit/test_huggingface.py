@@ -19,33 +19,12 @@ from gdn_cp.megatron.huggingface_config import HybridModel
 from gdn_cp.megatron.tensor_files import TensorFolder, write_tensors
 from gdn_cp.megatron.whole_weights import load_whole, share_of
 from scripts import convert_hf
+from tests.unit.test_huggingface_config import EXPERTS, SIZES, config_of
 
 FAMILIES = ("qwen3_next", "qwen3_5_text")
-EXPERTS = {
-    "num_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 40,
-}
 DOCUMENTS = (13, 1, 30, 20)
 # Both compute in float32, in another order: each errs by 3e-6 to 5e-6 of the same model in float64, on logits up to 2.
 TOLERANCE = 2e-5
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 16,
-    "max_position_embeddings": 256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
-}
 
 
 def theirs(family: str, **changed: Any) -> Any:
@@ -239,65 +218,6 @@ def test_shifted_norms_keep_every_bit():
     assert torch.equal(shifted.double() + 1, weight.double())
     assert huggingface._shifted(torch.tensor([0.75, 1.5], dtype=torch.bfloat16), -1).dtype == torch.bfloat16
     assert huggingface._shifted(torch.tensor([0.1]), -1).dtype == torch.float64
-
-
-def config_of(**changed: Any) -> dict[str, Any]:
-    return {
-        "model_type": "qwen3_next",
-        **SIZES,
-        "rms_norm_eps": 1e-6,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 0,
-    } | changed
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({**EXPERTS, "num_experts_per_tok": 7}, "num_experts_per_tok=7 must be between 1 and num_experts=6"),
-        ({**EXPERTS, "model_type": "qwen3_5_text"}, "num_experts=6: model_type='qwen3_5_text' has no experts"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
-        ({"model_type": "llama"}, "model_type='llama'"),
-        ({"layer_types": ["sliding_attention"] * 4}, "sliding_attention"),
-        ({"layer_types": ["linear_attention"] * 3}, "3 entries for num_hidden_layers=4"),
-        ({"linear_num_value_heads": 3}, "num_v_heads=3 must be a multiple"),
-        ({"num_key_value_heads": 3}, "num_attention_heads=4 must be a multiple of num_key_value_heads=3"),
-    ],
-)
-def test_configurations_that_are_refused(changed, message):
-    with pytest.raises(ValueError, match=message):
-        HybridModel.from_huggingface(config_of(**changed))
-
-
-def test_configurations_with_something_missing_are_refused():
-    model = HybridModel.from_huggingface(config_of())
-    for name in ("model_type", "vocab_size", "num_hidden_layers", "head_dim", "linear_key_head_dim", "rms_norm_eps"):
-        config = config_of()
-        del config[name]
-        if name == "head_dim":  # has a default
-            assert HybridModel.from_huggingface(config).kv_channels == 32 // 4
-            continue
-        with pytest.raises(ValueError, match=f"config.json lacks {name}|model_type=None"):
-            HybridModel.from_huggingface(config)
-    content = dataclasses.asdict(model)
-    del content["kv_channels"]
-    with pytest.raises(ValueError, match=r"model.json: heads, kv_channels: missing or not known"):
-        HybridModel.from_json({**content, "heads": 3})
-
-
-def test_configurations_of_earlier_transformers_and_of_multimodal_models():
-    flat = config_of(rope_theta=1e7, partial_rotary_factor=0.5, full_attention_interval=2)
-    del flat["rope_parameters"]
-    model = HybridModel.from_huggingface(flat)
-    assert (model.rotary_base, model.rotary_percent, model.linear_attention) == (1e7, 0.5, (1, 0, 1, 0))
-    text = {**config_of(), "model_type": "qwen3_5_text"}
-    whole = {"model_type": "qwen3_5", "tie_word_embeddings": True, "text_config": text, "vision_config": {}}
-    model = HybridModel.from_huggingface(whole)
-    assert (model.family, model.tie_embeddings) == ("qwen3_5_text", True)
-    assert HybridModel.from_json(json.loads(json.dumps(dataclasses.asdict(model)))) == model
-    assert HybridModel.from_huggingface(model.to_huggingface("float32")) == model
 
 
 def test_weights_that_would_be_lost_or_are_missing_or_of_a_wrong_shape_are_refused():
