@@ -45,6 +45,11 @@ def real_text() -> list[bytes]:
     return [inspect.getsource(function).encode() for function in functions]
 
 
+def watch_backward(parameter: torch.Tensor, own_thread: list[bool]) -> None:
+    """Note at each backward whether autograd may run it elsewhere than on the forward's thread."""
+    parameter.register_hook(lambda _: own_thread.append(torch._C._is_multithreading_enabled()))
+
+
 def train_and_collect(
     rank: int,
     world_size: int,
@@ -63,6 +68,8 @@ def train_and_collect(
             module, _ = build_model(config, ranks)
             engine = TorchEngine(module, OPTIM, ranks)
             start = stream.state_dict()
+            own_thread: list[bool] = []
+            watch_backward(next(p for p in module.parameters() if p.requires_grad), own_thread)
             accumulate_gradients(engine, stream, stream.next_step(data.packs_per_step), ranks)
             norm = engine.reduce_gradients()
             grads = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
@@ -73,7 +80,10 @@ def train_and_collect(
                 for step in range(1, last_step + 1)
             ]
             sizes = [step.a2a_sizes for step in steps]
-            results.append({"losses": [step.loss for step in steps], "norm": norm, "grads": whole, "a2a_sizes": sizes})
+            losses = [step.loss for step in steps]
+            results.append(
+                {"losses": losses, "norm": norm, "grads": whole, "a2a_sizes": sizes, "own_thread": own_thread}
+            )
     return results
 
 
@@ -97,6 +107,11 @@ def assert_same(one: dict[str, Any], other: dict[str, Any], name: str) -> None:
 def test_one_rank_learns(one_rank):
     assert one_rank["losses"][-1] < 0.8 * one_rank["losses"][0]
     assert all(grad.norm() > 0 for grad in one_rank["grads"].values())
+
+
+def test_the_backward_runs_on_the_thread_of_the_forward(one_rank):
+    assert len(one_rank["own_thread"]) >= STEPS
+    assert not any(one_rank["own_thread"])
 
 
 def test_losses_and_gradients_on_two_ranks(run_ranks, one_rank):
