@@ -240,6 +240,7 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
         halo=halo, d_halo=d_halo, later=later,
     )  # fmt: skip
+    later.launch()
     if call.states is not None and d_halo is not None:
         call.states.return_halo_gradient(d_halo, buffer)
     del x, gradients, halo, halo_rows, d_halo
@@ -248,7 +249,6 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         call.transport.return_in_grad(buffer, d_projected, dz)
     else:
         call.transport.return_in_grad(buffer, d_projected)
-    later.launch()  # nobody waits for these
     if not wanted:
         return d_projected, None, None, dA_log, d_dt_bias, d_norm
     d_bias = None if parameters.conv1d_bias is None else d_bias
