@@ -350,10 +350,7 @@ def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: f
     transport: Transport = LocalTransport(columns, rows)
     # The ranks of a group vote at its first call; all ask for their groups in this order, so none wait crosswise.
     if groups.a2a is not None:
-        transport = CollectiveTransport(columns, groups.a2a, rows, padding)
-        shared = peer_memory(groups.a2a, layout.device)
-        if shared is not None:
-            transport = PeerTransport(columns, shared, natural_rows(layout, a2a_size, index))
+        transport = _between_ranks(columns, layout, groups.a2a, index, rows, padding)
     assert groups.states is not None
     memory = peer_memory(groups.states, layout.device)
     channels = Channels(qk // a2a_size, v // a2a_size, a2a_size, groups.head_index)
@@ -392,10 +389,18 @@ def transport_for(dims: GdnDims, layout: ThdLayout | None, group: dist.ProcessGr
         return LocalTransport(columns, rows)
     assert layout is not None
     assert group is not None
+    return _between_ranks(columns, layout, group, 0, rows, layout.local_padding(group.rank()))
+
+
+def _between_ranks(
+    columns: MixerColumns, layout: ThdLayout, group: dist.ProcessGroup, group_index: int, rows: Tensor | None,
+    padding: Tensor | None,
+) -> Transport:  # fmt: skip
+    """Peers' memory where the ranks of the group share it, else its collectives; `rows` and `padding` are for these."""
     memory = peer_memory(group, layout.device)
     if memory is not None:
-        return PeerTransport(columns, memory, natural_rows(layout, ranks, 0))
-    return CollectiveTransport(columns, group, rows, layout.local_padding(group.rank()))
+        return PeerTransport(columns, memory, natural_rows(layout, columns.ranks, group_index))
+    return CollectiveTransport(columns, group, rows, padding)
 
 
 def refusal(
