@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gdn_cp.comm.layout import ThdLayout
-from gdn_cp.comm.states import ChainTable, chain_table, find_links
+from gdn_cp.comm.states import ChainTable, chain_table, find_links, kept_with
 
 GATHER_BYTES = 40 * 2**20
 """What all laws may take together: one more small all-to-all and its packing cost about as long as these bytes."""
@@ -63,11 +63,7 @@ def state_gather(layout: ThdLayout, a2a_size: int, group_index: int, heads: int)
 
     Arguments as for `states.state_routes`; built on the host the first time, then kept as long as the layout.
     """
-    known = _plans.setdefault(layout, {})
-    key = (a2a_size, group_index, heads)
-    if key not in known:
-        known[key] = _build(layout, *key)
-    return known[key]
+    return kept_with(_plans, layout, (a2a_size, group_index, heads), _build)
 
 
 # PyTorch's name for the one-tensor all-gather; the older one warns from 2.13 on.

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.state_gather import most_segments
-from gdn_cp.comm.states import ChainTable, Links, chain_table, find_links, to_device
+from gdn_cp.comm.states import ChainTable, Links, chain_table, find_links, kept_with, to_device
 
 PEER_BYTES = 64 * 2**20
 """What all laws may take together: one long sequence of 32 heads over the 8 GPUs of a machine. Half of it, the M, has
@@ -71,11 +71,7 @@ def state_peers(layout: ThdLayout, a2a_size: int, group_index: int, heads: int) 
 
     Arguments as for `states.state_routes`; built on the host the first time, then kept as long as the layout.
     """
-    known = _plans.setdefault(layout, {})
-    key = (a2a_size, group_index, heads)
-    if key not in known:
-        known[key] = _build(layout, *key)
-    return known[key]
+    return kept_with(_plans, layout, (a2a_size, group_index, heads), _build)
 
 
 def _build(layout: ThdLayout, a2a_size: int, me: int, heads: int) -> StatePeers:

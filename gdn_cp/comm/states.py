@@ -22,8 +22,9 @@ segment's position in a chain of L, unit = one chain of one head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -86,6 +87,22 @@ class StateRoutes:
 _routes: WeakKeyDictionary[ThdLayout, dict[tuple[int, int, int], StateRoutes]] = WeakKeyDictionary()
 
 
+_Made = TypeVar("_Made")
+
+
+def kept_with(
+    known: WeakKeyDictionary[ThdLayout, dict[tuple[int, int, int], _Made]],
+    layout: ThdLayout,
+    key: tuple[int, int, int],
+    build: Callable[[ThdLayout, int, int, int], _Made],
+) -> _Made:
+    """What `build` makes of the layout and the key, made once and kept as long as the layout."""
+    made = known.setdefault(layout, {})
+    if key not in made:
+        made[key] = build(layout, *key)
+    return made[key]
+
+
 def state_routes(layout: ThdLayout, a2a_size: int, group_index: int, heads: int) -> StateRoutes:
     """Return the routes for the rank of a state group that holds the segments of `group_index`.
 
@@ -98,11 +115,7 @@ def state_routes(layout: ThdLayout, a2a_size: int, group_index: int, heads: int)
         group_index: which of them this is.
         heads: value heads that each of its ranks runs.
     """
-    known = _routes.setdefault(layout, {})
-    key = (a2a_size, group_index, heads)
-    if key not in known:
-        known[key] = _build_routes(layout, *key)
-    return known[key]
+    return kept_with(_routes, layout, (a2a_size, group_index, heads), _build_routes)
 
 
 def send_summaries(
