@@ -51,6 +51,7 @@ from gdn_cp.kernels.conv1d_triton import (
 from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs
 from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
+from gdn_cp.ownership import all_of_a_storage
 
 if TYPE_CHECKING:
     from gdn_cp.gated_delta_net import GdnDims
@@ -219,11 +220,15 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     parameters, of_rule = MixerParameters(*rest[:5]), rest[5:]
     del rest
     ctx.maybe_clear_saved_tensors()  # from here on only these names hold them, unless the graph is kept
+    room = None
+    if in_place:
+        x, z = x.detach(), z.detach()  # nobody else has these two: see `all_of_a_storage`
+        room = _place_of_z(x, z, d_out)
     d_projected = z.new_empty(len(z), columns.width) if in_place else None
     dz = z.new_empty(z.shape) if d_projected is None else d_projected.narrow(1, columns.conv, columns.v)
     later = LaterSums()  # gradients of parameters, all at the end
-    d_o, d_norm = _norm_backward(call, d_out, o, z, parameters, dz, later)
-    del o, z
+    d_o, d_norm = _norm_backward(call, d_out, o, z, parameters, dz, later, room)
+    del o, z, room
 
     # q, k, v computed anew may lie where their gradients will: the convolution's backward no longer reads them.
     scratch = None
@@ -255,13 +260,27 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     return d_projected, d_weight.view(parameters.conv1d_weight.shape), d_bias, dA_log, d_dt_bias, d_norm
 
 
+def _place_of_z(x: Tensor, z: Tensor, d_out: Tensor) -> Tensor | None:
+    """z [t, v] as the memory for the gradient of o, which has its shape; None where z has to stay as it is.
+
+    The projection x lives until the convolution's backward has read its other columns, but z is done with by the norm's
+    backward, each element of whose results depends on z's at the same place and so is written after that was read.
+    """
+    fits = z.dtype == d_out.dtype and z.stride(0) % 8 == 0  # the rule copies rows of 16 bytes in bulk
+    return z if fits and all_of_a_storage(x, z) else None
+
+
 def _norm_backward(
-    call: FusedCall, d_out: Tensor, o: Tensor, z: Tensor, parameters: MixerParameters, dz: Tensor, later: LaterSums
-) -> tuple[Tensor, Tensor]:
-    """Fill dz; return the gradient of the rule's output, back with the ranks of its heads, and of the norm's weight."""
+    call: FusedCall, d_out: Tensor, o: Tensor, z: Tensor, parameters: MixerParameters, dz: Tensor, later: LaterSums,
+    room: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fill dz; return the gradient of the rule's output, back with the ranks of its heads, and of the norm's weight.
+
+    `room` [t, v]: where the former goes on one rank; None: anywhere.
+    """
     dim = call.heads.head_v_dim
     d_out = d_out if d_out.stride(1) == 1 else d_out.contiguous()
-    d_o = call.transport.out_grad_buffer(d_out)
+    d_o = call.transport.out_grad_buffer(d_out) if room is None else room.unsqueeze(0)
     d_norm = gate_heads_backward(
         by_head(d_out, dim),
         by_head(o, dim),
