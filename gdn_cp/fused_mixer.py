@@ -34,29 +34,26 @@ from gdn_cp.comm.layout import ThdLayout
 from gdn_cp.comm.peer_vote import peer_memory
 from gdn_cp.comm.row_maps import group_rows, rank_major_rows
 from gdn_cp.comm.symmetric import PeerTransport, natural_rows
-from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, Transport
+from gdn_cp.comm.transport import CollectiveTransport, LocalTransport, MixerColumns, RowBuffer, Transport
+from gdn_cp.fused_share import RULE, Share, differentiate_share, run_share
 from gdn_cp.fused_states import FusedStates, fused_states
 from gdn_cp.kernels import conv1d_triton, norm_triton
 from gdn_cp.kernels.backends import ENVIRONMENT_VARIABLE, Choice, DeltaRuleCall, choose_backend, wants_kernels
-from gdn_cp.kernels.chunk_triton import piece_chunks, rule_backward, rule_forward
 from gdn_cp.kernels.configs import on_device
 from gdn_cp.kernels.conv1d_triton import (
     Channels,
-    GateColumns,
     Halo,
     SectionGradients,
-    convolve_rows,
     convolve_rows_backward,
 )
 from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
+from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs
-from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
+from gdn_cp.kernels.sums_triton import ColumnSums, LaterSums, sum_partials
 from gdn_cp.ownership import all_of_a_storage
 
 if TYPE_CHECKING:
     from gdn_cp.gated_delta_net import GdnDims
-
-_RULE = {"use_qk_l2norm_in_kernel": True, "use_gate_in_kernel": True, "use_beta_sigmoid_in_kernel": True}
 
 
 class MixerParameters(NamedTuple):
@@ -105,45 +102,9 @@ class FusedCall:
         return replace(self, states=replace(self.states, rule=passing), intra_card=rule.intra_card)
 
     @cached_property
-    def channels(self) -> Channels:
-        """Of a share's convolution."""
-        qk, _, v, *_ = self.heads.sections
-        return Channels(qk, v, self.shares, self.share)
-
-    def gates(self, buffer_column: int) -> GateColumns:
-        """Beta and alpha of a share, beta beginning at a column."""
-        return GateColumns(buffer_column, 2 * self.heads.num_v_heads)
-
-    def convolve(
-        self, x: Tensor, rows: Tensor | None, parameters: MixerParameters, num_rows: int, **options: Any
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The convolution of a share's rows: see `convolve_rows`."""
-        weight = parameters.conv1d_weight.flatten(1)
-        return convolve_rows(
-            x, weight, parameters.conv1d_bias, self.cu_seqlens, self.channels, num_rows, rows=rows, **options
-        )
-
-    def by_heads(self, qkv: Tensor, gates: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """q, k, v, alpha and beta as the rule takes them, views."""
-        heads, (qk, _, *_) = self.heads, self.heads.sections
-        begin, first = qkv.storage_offset(), gates.storage_offset()
-        (rows, _), (row, _), gate_row = qkv.shape, qkv.stride(), gates.stride(0)
-
-        # One call for each where splitting, unflattening and unsqueezing are three: host time that the GPU waits for.
-        def section(column: int, count: int, dim: int) -> Tensor:
-            return qkv.as_strided((1, rows, count, dim), (rows * row, row, dim, 1), begin + column)
-
-        def gate(column: int) -> Tensor:
-            shape, strides = (1, rows, heads.num_v_heads), (rows * gate_row, gate_row, 1)
-            return gates.as_strided(shape, strides, first + column)
-
-        q, k = (section(column, heads.num_k_heads, heads.head_k_dim) for column in (0, qk))
-        v = section(2 * qk, heads.num_v_heads, heads.head_v_dim)
-        return q, k, v, gate(heads.num_v_heads), gate(0)
-
-    def own_heads(self, parameter: Tensor) -> Tensor:
-        """A share's part of a parameter [HV], a view."""
-        return parameter.narrow(0, self.share * self.heads.num_v_heads, self.heads.num_v_heads)
+    def own(self) -> Share:
+        """This rank's share."""
+        return Share(self.heads, self.shares, self.share)
 
 
 class _FusedMixer(torch.autograd.Function):
@@ -164,19 +125,18 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     buffer, z = call.transport.send_in(projected, call.keep)
     num_rows = projected.shape[0] * call.shares
     copy = call.keep and buffer.transient
-    halo = kept_halo = None
-    if call.states is not None:
-        halo = call.states.fetch_halo(buffer)
-        if call.keep and halo is not None and halo.transient:
-            kept_halo = call.states.room_for_halo(buffer)
-    qkv, gates, kept = call.convolve(
-        buffer.data, buffer.rows, parameters, num_rows, gates=call.gates(buffer.gates), keep=copy, halo=halo,
-        kept_halo=None if kept_halo is None else kept_halo.rows,
-    )  # fmt: skip
-    assert gates is not None
+    halo = None
+    if call.states is None:
+        o, gates, kept, of_rule = run_share(
+            call.own, buffer.data, buffer.rows, parameters.conv1d_weight, parameters.conv1d_bias, parameters.A_log,
+            parameters.dt_bias, call.cu_seqlens, num_rows=num_rows, gate_column=buffer.gates, keep=copy,
+            intra_card=call.intra_card,
+        )  # fmt: skip
+        ctx.piece_chunks = 0 if of_rule[-1] is None else _piece_chunks(call, num_rows, buffer.data)
+    else:
+        o, gates, kept, of_rule, halo, ctx.piece_chunks = _run_segments(call, buffer, num_rows, parameters, copy)
     x, x_rows = (buffer.data, buffer.rows) if kept is None else (kept, None)
-    o, of_rule, ctx.piece_chunks = _run_rule(call, qkv, gates, parameters)
-    del qkv, buffer
+    del buffer
     returned = call.transport.return_out(o[0].flatten(1))
     del o
     out, kept = gate_heads(
@@ -189,26 +149,38 @@ def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerPara
     )
     if call.keep:
         o = returned.data if kept is None else kept.unsqueeze(0)
-        halo = halo if kept_halo is None else kept_halo
         ctx.call, ctx.x_rows, ctx.halo_at = call, x_rows, None if halo is None else halo.at
         ctx.save_for_backward(x, gates, z, o, None if halo is None else halo.rows, *parameters, *of_rule)
     return out
 
 
-def _run_rule(
-    call: FusedCall, qkv: Tensor, gates: Tensor, parameters: MixerParameters
-) -> tuple[Tensor, Sequence[Tensor | None], int]:
-    """o of the delta rule, and what its backward needs: tensors and the chunks of a piece."""
-    A_log, dt_bias = call.own_heads(parameters.A_log), call.own_heads(parameters.dt_bias)
-    q, k, v, alpha, beta = call.by_heads(qkv, gates)
-    if call.states is not None:
-        return call.states.rule.forward(TokenInputs(q, k, v, alpha, beta, A_log, dt_bias))
-    o, _, of_rule = rule_forward(
-        q, k, v, alpha, beta, scale=call.heads.head_k_dim**-0.5, initial_state=None, output_final_state=False,
-        A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
-        intra_card=call.intra_card, lean=True, **_RULE,
+def _run_segments(
+    call: FusedCall, buffer: RowBuffer, num_rows: int, parameters: MixerParameters, copy: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor | None], Halo | None, int]:
+    """As `run_share`, where states and the halo pass between ranks; also the halo to keep, and a piece's chunks."""
+    assert call.states is not None
+    halo = call.states.fetch_halo(buffer)
+    kept_halo = call.states.room_for_halo(buffer) if call.keep and halo is not None and halo.transient else None
+    qkv, gates, kept = call.own.convolve(
+        buffer.data, buffer.rows, parameters.conv1d_weight, parameters.conv1d_bias, call.cu_seqlens, num_rows,
+        gates=call.own.gates(buffer.gates), keep=copy, halo=halo,
+        kept_halo=None if kept_halo is None else kept_halo.rows,
     )  # fmt: skip
-    return o, of_rule, 0 if of_rule[-1] is None else piece_chunks(q, v, call.cu_seqlens, call.intra_card)
+    assert gates is not None
+    o, of_rule, piece_chunks = call.states.rule.forward(_token_inputs(call, qkv, gates, parameters))
+    return o, gates, kept, of_rule, halo if kept_halo is None else kept_halo, piece_chunks
+
+
+def _token_inputs(call: FusedCall, qkv: Tensor, gates: Tensor, parameters: MixerParameters) -> TokenInputs:
+    A_log, dt_bias = call.own.own_heads(parameters.A_log), call.own.own_heads(parameters.dt_bias)
+    return TokenInputs(*call.own.by_heads(qkv, gates), A_log, dt_bias)
+
+
+def _piece_chunks(call: FusedCall, num_rows: int, like: Tensor) -> int:
+    """Chunks of a piece in `run_share`, if it kept pieces' states."""
+    heads, sequences = call.heads, 1 if call.cu_seqlens is None else call.cu_seqlens.numel() - 1
+    dims = heads.num_v_heads, heads.head_k_dim, heads.head_v_dim
+    return chain_plan(like.device, like.dtype, sequences, num_rows, *dims, intra_card=call.intra_card).cut
 
 
 def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -241,8 +213,9 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     wanted = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
     d_halo = None if call.states is None else call.states.halo_gradient(buffer)
     d_weight, d_bias = convolve_rows_backward(
-        x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens, call.channels,
-        buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows, gates=call.gates(buffer.gates),
+        x, gradients, parameters.conv1d_weight.flatten(1), parameters.conv1d_bias, call.cu_seqlens,
+        call.own.channels, buffer.data, parameters=wanted, rows=ctx.x_rows, dx_rows=buffer.rows,
+        gates=call.own.gates(buffer.gates),
         halo=halo, d_halo=d_halo, later=later,
     )  # fmt: skip
     later.launch()
@@ -301,24 +274,25 @@ def _rule_backward(
 ) -> tuple[SectionGradients, Tensor, Tensor]:  # fmt: skip
     """The convolution anew, into `scratch` if given, and the rule's gradients (of A_log and dt_bias of all heads)."""
     call: FusedCall = ctx.call
-    qkv, _, _ = call.convolve(x, ctx.x_rows, parameters, len(gates), y=scratch, halo=halo)
-    A_log, dt_bias = call.own_heads(parameters.A_log), call.own_heads(parameters.dt_bias)
-    q, k, v, alpha, beta = call.by_heads(qkv, gates)
-    if call.states is not None:
-        inputs, saved = TokenInputs(q, k, v, alpha, beta, A_log, dt_bias), tuple(of_rule)
-        found: Any = call.states.rule.backward(inputs, saved, ctx.piece_chunks, d_o.view(v.shape), (True,) * 7)
+    if call.states is None:
+        dq, dk, dv, d_alpha, d_beta, partial, total = differentiate_share(
+            call.own, x, ctx.x_rows, gates, d_o, scratch, parameters.conv1d_weight, parameters.conv1d_bias,
+            parameters.A_log, parameters.dt_bias, call.cu_seqlens, tuple(of_rule), piece_chunks=ctx.piece_chunks,
+        )  # fmt: skip
+        if partial is not None:
+            later.add(ColumnSums(partial, total, call.shares, call.share))
+        dA_log, d_dt_bias = total.unbind()
+    else:
+        qkv, _, _ = call.own.convolve(
+            x, ctx.x_rows, parameters.conv1d_weight, parameters.conv1d_bias, call.cu_seqlens, len(gates), y=scratch,
+            halo=halo,
+        )  # fmt: skip
+        inputs, saved = _token_inputs(call, qkv, gates, parameters), tuple(of_rule)
+        found: Any = call.states.rule.backward(inputs, saved, ctx.piece_chunks, d_o.view(inputs.v.shape), (True,) * 7)
         dq, dk, dv, d_alpha, d_beta, *of_heads = found
         if call.shares > 1:
             of_heads = sum_partials(torch.stack(of_heads)[None], shares=call.shares, share=call.share).unbind()
         dA_log, d_dt_bias = of_heads
-    else:
-        found = rule_backward(
-            d_o.view(v.shape), None, q, k, v, alpha, beta, *of_rule, scale=call.heads.head_k_dim**-0.5,
-            initial_state=None, A_log=A_log, dt_bias=dt_bias, cu_seqlens=call.cu_seqlens, state_v_first=False,
-            need_dh0=False, piece_chunks=ctx.piece_chunks, overwrite_q=scratch is None, shares=call.shares,
-            share=call.share, later=later, **_RULE,
-        )  # fmt: skip
-        dq, dk, dv, d_alpha, d_beta, _, dA_log, d_dt_bias = found
     by_row = (gradient.view(len(gates), math.prod(gradient.shape[2:])) for gradient in (dq, dk, dv, d_beta, d_alpha))
     return SectionGradients(*by_row), dA_log, d_dt_bias
 
@@ -373,7 +347,7 @@ def _call_with_states(dims: GdnDims, layout: ThdLayout, groups: CpGroups, eps: f
     assert groups.states is not None
     memory = peer_memory(groups.states, layout.device)
     channels = Channels(qk // a2a_size, v // a2a_size, a2a_size, groups.head_index)
-    options = RuleOptions(backend="triton", **_RULE)
+    options = RuleOptions(backend="triton", **RULE)
     return FusedCall(
         heads=heads,
         shares=a2a_size,
@@ -468,6 +442,6 @@ def _rule_choice(
         N=max(sequences, 1),
         varlen=sequences > 0,
         requires_grad=requires_grad,
-        **_RULE,
+        **RULE,
     )
     return choose_backend(call, backend)

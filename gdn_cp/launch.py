@@ -12,7 +12,9 @@ other types of arguments, kernels with hooks of their own, profilers' hooks, the
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import triton
@@ -42,6 +44,29 @@ class _Compiled(NamedTuple):
     constants: tuple[Any, ...]
 
 
+class Recorder(Protocol):
+    """Who is told of this thread's launches, see `gdn_cp.launch_recording`."""
+
+    def launched(self, bare: BareLauncher, programs: int, args: tuple[Any, ...], values: list[Any]) -> None:
+        """`bare` is about to be called with `programs` and `values` for `args` and the constants behind them."""
+        ...
+
+    def look_up(self, find: Callable[[Tensor | None], tuple[Tensor, ...]], of: Tensor | None) -> tuple[Tensor, ...]:
+        """find(of): tables that follow from a tensor's content, to be found anew each time."""
+        ...
+
+    def refuse(self, reason: str) -> None:
+        """There was something that cannot be done again by what `launched` was told."""
+        ...
+
+
+class _Thread(threading.local):
+    recorder: Recorder | None = None
+
+
+thread = _Thread()
+"""What there is of each thread."""
+
 _Class = tuple[Any, ...]
 # By the kernel's id, which is its own as long as the kernel stands here.
 _classes: dict[int, tuple[Any, dict[_Class, _Compiled]]] = {}
@@ -58,10 +83,12 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
         args: tensors, numbers, descriptors or None for the kernel's first parameters, which are no constexprs.
         constants: its constexprs, and options of the compiler (num_warps, ...), by name.
     """
-    classified = None
-    if _direct and kernel.__class__ is JITFunction and not kernel.pre_run_hooks and not _watched():
+    classified, recorder = None, thread.recorder
+    if _direct and kernel.__class__ is JITFunction and not kernel.pre_run_hooks and not watched():
         classified = classify(args)
     if classified is None:
+        if recorder is not None:
+            recorder.refuse("a kernel is launched by Triton itself")
         kernel[(programs,)](*args, **constants)
         return
     of_args, values = classified
@@ -72,6 +99,8 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
         entry = _classes[id(kernel)] = (kernel, {})
     found = entry[1].get(key)
     if found is None:
+        if recorder is not None:
+            recorder.refuse("a kernel is compiled")
         _compile(kernel, programs, args, constants, entry[1], key)
         return
     compiled, bare, following = found
@@ -79,8 +108,12 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
     stream = driver.get_current_stream(device)
     values += following
     if bare is not None:
+        if recorder is not None:
+            recorder.launched(bare, programs, args, values)
         bare(programs, stream, values)
     else:  # as `JITFunction.run` does
+        if recorder is not None:
+            recorder.refuse("this version of Triton is not launched directly")
         compiled.run(programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
@@ -128,7 +161,7 @@ def classify(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
     return classes, values
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether somebody wants to know of launches, or has a say in how kernels are compiled."""
     runtime = knobs.runtime
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):

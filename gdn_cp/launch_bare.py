@@ -9,16 +9,56 @@ time. This reaches into Triton; where it does not look as in 3.6, `bare_launcher
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 KNOWN_VERSION = "3.6."
-MAX_MAPS = 256  # of one compiled kernel
+MAX_MAPS = 256  # of one descriptor
 
 _WRAPPED = {"launcher", "tensordesc_indices", "tensordesc_meta"}
 """What Triton's function that unfolds descriptors refers to."""
+
+
+class _Address:
+    """Stands for the tensor of a descriptor, of which Triton asks the address alone."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class _Described(NamedTuple):
+    """A descriptor without its tensor: what Triton reads of it."""
+
+    base: _Address
+    shape: list[int]
+    strides: list[int]
+    padding: str
+
+
+class MapsOf:
+    """The tensor maps of one descriptor's shape at the addresses that were asked for."""
+
+    def __init__(self, kind: Any, like: TensorDescriptor) -> None:
+        self._kind = kind
+        self._shape, self._strides, self._padding = list(like.shape), list(like.strides), like.padding
+        self._unfolded: dict[int, list[Any]] = {}
+
+    def unfold(self, address: int) -> list[Any]:
+        """The tensor map at an address, shape and strides, as the C function takes them."""
+        found = self._unfolded.get(address)
+        if found is None:
+            from triton.backends.nvidia.driver import make_tensordesc_arg
+
+            if len(self._unfolded) >= MAX_MAPS:
+                self._unfolded.clear()
+            described = _Described(_Address(address), self._shape, self._strides, self._padding)
+            found = self._unfolded[address] = make_tensordesc_arg(described, self._kind)
+        return found
 
 
 class BareLauncher:
@@ -31,24 +71,42 @@ class BareLauncher:
         wrapper = compiled.run
         self._launch, self._kinds, self._function = launch, kinds, compiled.function
         # Flags of the grid; no scratch memory; the kernel's metadata; no hooks, and nothing to tell them.
-        self._middle = (wrapper.launch_cooperative_grid, wrapper.launch_pdl, None, None, compiled.packed_metadata)
-        self._unfolded: dict[tuple[Any, ...], list[Any]] = {}
+        middle = (wrapper.launch_cooperative_grid, wrapper.launch_pdl, None, None, compiled.packed_metadata)
+        self._middle = (*middle, None, None, None)
+        self._maps: dict[tuple[Any, ...], MapsOf] = {}
 
     def __call__(self, programs: int, stream: int, values: list[Any]) -> None:
         """Launch so many programs."""
         for index, kind in self._kinds:  # from the last on, so that places before stay right
-            values[index : index + 1] = self._unfold(index, kind, values[index])
-        self._launch(programs, 1, 1, stream, self._function, *self._middle, None, None, None, *values)
+            x = values[index]
+            values[index : index + 1] = self._maps_of(index, kind, x).unfold(x.base.data_ptr())
+        self.launch(programs, stream, values)
 
-    def _unfold(self, index: int, kind: Any, x: TensorDescriptor) -> list[Any]:
-        key = (index, x.base.data_ptr(), x.padding, *x.shape, *x.strides)
-        found = self._unfolded.get(key)
+    def launch(self, programs: int, stream: int, values: list[Any]) -> None:
+        """Launch so many programs; `values` with descriptors already unfolded."""
+        self._launch(programs, 1, 1, stream, self._function, *self._middle, *values)
+
+    def unfold(self, values: list[Any]) -> tuple[list[Any], list[int], dict[int, MapsOf]]:
+        """(`values` with descriptors unfolded, where each value of before begins there, the maps of the descriptors by
+        their places before)."""
+        flat: list[Any] = []
+        begins, maps, kinds = [], {}, dict(self._kinds)
+        for index, x in enumerate(values):
+            begins.append(len(flat))
+            if index in kinds:
+                maps[index] = self._maps_of(index, kinds[index], x)
+                flat += maps[index].unfold(x.base.data_ptr())
+            else:
+                flat.append(x)
+        return flat, begins, maps
+
+    def _maps_of(self, index: int, kind: Any, x: TensorDescriptor) -> MapsOf:
+        key = (index, x.padding, *x.shape, *x.strides)
+        found = self._maps.get(key)
         if found is None:
-            from triton.backends.nvidia.driver import make_tensordesc_arg
-
-            if len(self._unfolded) >= MAX_MAPS:
-                self._unfolded.clear()
-            found = self._unfolded[key] = make_tensordesc_arg(x, kind)
+            if len(self._maps) >= MAX_MAPS:
+                self._maps.clear()
+            found = self._maps[key] = MapsOf(kind, x)
         return found
 
 

@@ -24,10 +24,11 @@ from gdn_cp.kernels.bwd_slices import slice_chunks
 from gdn_cp.kernels.chunk_bwd import Gradients, chunk_gated_delta_rule_bwd
 from gdn_cp.kernels.chunk_fwd import chain_forward
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
-from gdn_cp.kernels.configs import cdiv
+from gdn_cp.kernels.configs import cdiv, on_device
 from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.sums_triton import LaterSums
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
+from gdn_cp.launch_recording import Tensors, replayable
 
 MAX_HEAD_DIM = 256
 
@@ -131,11 +132,29 @@ def rule_forward(
     return o, final, (p.G, p.bt, p.rq, p.rk, p.Ag, checkpoints, *pieces)
 
 
+def _forward_launches(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None, initial_state: Tensor | None,
+    A_log: Tensor | None, dt_bias: Tensor | None, cu_seqlens: Tensor | None, scale: float, *settings: Any,
+) -> Tensors:  # fmt: skip
+    """`rule_forward` as `replayable` takes it: all tensors first."""
+    final, *flags = settings
+    o, final, kept = rule_forward(
+        q, k, v, g, beta, scale, initial_state, final, A_log, dt_bias, cu_seqlens, *flags
+    )  # fmt: skip
+    return o, final, *kept
+
+
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
     """`rule_forward` with empty tensors for None. Those of pieces have their rank: their number may be 0 or not where
     shapes are symbols."""
-    o, final, (*kept, starts, sums) = rule_forward(*arguments)
-    q, v = arguments[0], arguments[2]
+    q, k, v, g, beta, scale, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, *flags = arguments
+    with on_device(q.device):
+        o, final, *kept, starts, sums = replayable(
+            _forward_launches,
+            (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),
+            (scale, output_final_state, *flags),
+        )
+    assert o is not None
     (HV, V), K = v.shape[2:], q.shape[3]
     results = (_or_empty(x, q) for x in (final, *kept))
     return o, *results, _or_empty(starts, q, HV, K, V), _or_empty(sums, q, HV, K, V + K)
@@ -259,13 +278,24 @@ def rule_backward(
     )
 
 
+def _backward_launches(*arguments: Any) -> Tensors:
+    """`rule_backward` as `replayable` takes it: all tensors first."""
+    *tensors, initial_state, A_log, dt_bias, cu_seqlens, scale, norm, gate, sigmoid, v_first, dh0, cut = arguments
+    rest: tuple[Any, ...] = (scale, initial_state, A_log, dt_bias, cu_seqlens, norm, gate, sigmoid, v_first, dh0, cut)
+    return rule_backward(*tensors, *rest)
+
+
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     """`rule_backward` with the forward's `intra_card` in the place of `piece_chunks`: while torch.compile traces
     lengths as symbols nobody knows the pieces, and here they are known."""
-    *rest, intra_card = arguments
-    q, v, sums, cu_seqlens = rest[2], rest[4], rest[14], rest[19]
-    cut = piece_chunks(q, v, cu_seqlens, intra_card) if sums.numel() else 0
-    *gradients, ddt_bias = (_or_empty(x, q) for x in rule_backward(*rest, piece_chunks=cut))
+    *tensors, scale, initial_state, A_log, dt_bias, cu_seqlens, norm, gate, sigmoid, v_first, dh0, pieces = arguments
+    q, v, sums = tensors[2], tensors[4], tensors[14]
+    cut = piece_chunks(q, v, cu_seqlens, pieces) if sums.numel() else 0
+    given = (initial_state, A_log, dt_bias, cu_seqlens)
+    with on_device(q.device):
+        settings = (scale, norm, gate, sigmoid, v_first, dh0, cut)
+        found = replayable(_backward_launches, (*tensors, *given), settings)
+    *gradients, ddt_bias = (_or_empty(x, q) for x in found)
     return *gradients, ddt_bias.clone()  # the results of a custom operation must not share memory
 
 

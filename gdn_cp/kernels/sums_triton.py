@@ -138,7 +138,7 @@ class LaterSums:
     """Sums that wait: what `sum_partials` and the convolution's backward gave out is filled by `launch`."""
 
     def __init__(self) -> None:
-        self._columns: list[ColumnSums] = []
+        self.columns: list[ColumnSums] = []
         self._taps: TapSums | None = None
 
     def add(self, job: ColumnSums | TapSums) -> None:
@@ -147,14 +147,14 @@ class LaterSums:
             assert self._taps is None
             self._taps = job
         else:
-            assert len(self._columns) < 2
-            self._columns.append(job)
+            assert len(self.columns) < 2
+            self.columns.append(job)
 
     def launch(self) -> None:
         """Fill the results, on the current stream."""
-        if self._columns or self._taps is not None:
-            _launch(self._columns, self._taps)
-        self._columns, self._taps = [], None
+        if self.columns or self._taps is not None:
+            _launch(self.columns, self._taps)
+        self.columns, self._taps = [], None
 
 
 def sum_partials(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_cp.kernels.configs import on_device, options
-from gdn_cp.launch import raw_stream, run_kernel
+from gdn_cp.launch import raw_stream, run_kernel, thread
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -172,6 +172,11 @@ def chunk_tables(
     table is not taken while a CUDA graph is captured if it was built from `cu_seqlens`: a replay may change its values.
     Another that is taken then, one per shape and device, is never freed: the graph goes on reading it.
     """
+    recorder = thread.recorder
+    if recorder is not None:
+        find = partial(_find, batch, seqlen, device, piece_chunks)
+        chunks, pieces = recorder.look_up(find, cu_seqlens)
+        return ChunkTables(chunks, pieces, batch if cu_seqlens is None else cu_seqlens.numel() - 1)
     capturing = _is_capturing(device)
     shape_key = (batch, seqlen, piece_chunks, device, _stream(device))
     if cu_seqlens is None:
@@ -193,6 +198,13 @@ def chunk_tables(
         while len(_cache) > _CACHE_SIZE:
             _cache.popitem(last=False)
     return tables
+
+
+def _find(
+    batch: int, seqlen: int, device: torch.device, piece_chunks: int, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    tables = chunk_tables(batch, seqlen, cu_seqlens, device, piece_chunks)
+    return tables.chunks, tables.pieces
 
 
 def _build(batch: int, seqlen: int, cu_seqlens: Tensor | None, device: torch.device, piece_chunks: int) -> ChunkTables:
