@@ -2,11 +2,11 @@
 
     python scripts/rounding_errors.py --tokens 700 --output roundings.json
 
-The formulas are those of `chunk_prepare`, `chunk_fwd`, `chunk_bwd_chains` and `chunk_bwd_local` in the same order, in
-float64 on the CPU, for heads that share nothing. Each tile that the kernels round, for a product or to store it, passes
-through `Rounding`, which rounds what it is told to. Errors are against the float64 reference, of results with all
-roundings, and with each alone. Roundings are independent, so squares of errors add up; what float32 and tf32 round is
-left out, since it is ten times less.
+The formulas are those of `chunk_prepare`, `chunk_fwd`, `chunk_bwd_chains`, `chunk_bwd_local` and `chunk_bwd_borders` in
+the same order, in float64 on the CPU, for heads that share nothing. Each tile that the kernels round, for a product or
+to store it, passes through `Rounding`, which rounds what it is told to. Errors are against the float64 reference, of
+results with all roundings, and with each alone. Roundings are independent, so squares of errors add up; what float32
+and tf32 round is left out, since it is ten times less.
 
 Dimensions: HV heads, T tokens, n chunks of C = 64 rows, K, V head dims.
 """
@@ -121,8 +121,8 @@ def chunks_of(case: Case, inputs: dict[str, Tensor]) -> Chunks:
     )
 
 
-def emulate(x: Chunks, rounded: Rounding) -> dict[str, Tensor]:
-    """Results by the names of `kernel_cases.run_with_gradients`."""
+def emulate(x: Chunks, rounded: Rounding, refine_given: bool = True) -> dict[str, Tensor]:
+    """Results by the names of `kernel_cases.run_with_gradients`; without `chunk_bwd_borders` if not `refine_given`."""
     lower = torch.ones(C, C, dtype=torch.bool).tril()
     strict = lower.tril(-1)
     Gam = torch.where(lower, x.G[..., :, None] - x.G[..., None, :], -math.inf).exp()
@@ -136,7 +136,7 @@ def emulate(x: Chunks, rounded: Rounding) -> dict[str, Tensor]:
     X = rounded("X", x.k.mT @ rounded("A rho", A * k_end[..., None]) + x.k.mT * k_end[..., None, :])
     found, S = _walk_up(x, X, Yt, rounded)
     gradients, dS, M = _walk_down(x, X, Yt, rounded)
-    found |= gradients | _local(x, A, Gam, KK, QK, S, dS, M, k_end, rounded)
+    found |= gradients | _local(x, A, Gam, KK, QK, S, dS, M, k_end, rounded, refine_given)
     return {name: _by_tokens(x, y) if y.ndim > 2 and "state" not in name else y for name, y in found.items()}
 
 
@@ -181,7 +181,7 @@ def _walk_down(x: Chunks, X: Tensor, Yt: Tensor, rounded: Rounding) -> tuple[dic
 
 def _local(
     x: Chunks, A: Tensor, Gam: Tensor, KK: Tensor, QK: Tensor, S: Tensor, dS: Tensor, M: Tensor, k_end: Tensor,
-    rounded: Rounding,
+    rounded: Rounding, refine_given: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """All other gradients."""
     b = x.beta[..., None]
@@ -199,9 +199,14 @@ def _local(
     EKK = E * KK
     decayed = (D * QK).tril(-1) - b * EKK
     dq, dk = x.scale * gamma * x.rq[..., None] * (x.do @ S.mT), W @ S.mT + U @ dS.mT
-    added = (x.k * dk).sum(-1)
-    dG = decayed.sum(-1) - decayed.sum(-2) + w_dot_ks + (x.q * dq).sum(-1) - added
-    dG[..., -1] += gamma[..., -1, 0] * (S * dS).sum((-1, -2)) + (added - w_dot_ks / 2).sum(-1)
+    added, state_dots = (x.k * dk).sum(-1), gamma[..., -1, 0] * (S * dS).sum((-1, -2))
+    beside = torch.zeros_like(added)
+    if refine_given:
+        for c in _borders(x):
+            beside[:, c], more, state_dots[:, c] = _put_back(x, c, A, S, dS, W, U, k_end, rounded)
+            added[:, c] += more
+    dG = decayed.sum(-1) - decayed.sum(-2) + w_dot_ks + (x.q * dq).sum(-1) + beside - added
+    dG[..., -1] += state_dots + (added - w_dot_ks / 2).sum(-1)
     first = (M * R).sum(-1) - EKK.sum(-1)
     second = decayed.sum(-2) + (D * QK).diagonal(dim1=-2, dim2=-1) + added - w_dot_ks / 2
     dbeta = (first + torch.where(x.valid, second / x.beta, 0.0)) / 2
@@ -217,6 +222,27 @@ def _local(
         "dA_log": (dgate * torch.nn.functional.softplus(x.raw)).sum((-1, -2)),
         "ddt_bias": dg.sum((-1, -2)),
     }
+
+
+def _borders(x: Chunks) -> list[int]:
+    """The chunks beside states that are given."""
+    last = x.G.shape[1] - 1
+    return sorted({c for c, state in ((0, x.state), (last, x.dstate)) if state.any()})
+
+
+def _put_back(
+    x: Chunks, c: int, A: Tensor, S: Tensor, dS: Tensor, W: Tensor, U: Tensor, k_end: Tensor, rounded: Rounding
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `chunk_bwd_borders` adds to dG and to K . Z of chunk c, and its <S, dS+>; second parts are exact here."""
+    exact_S = x.state if c == 0 else S[:, c]
+    exact_dS = x.dstate if c == x.G.shape[1] - 1 else dS[:, c]
+    gamma, b, k, q, dO = x.G[:, c].exp()[..., None], x.beta[:, c, :, None], x.k[:, c], x.q[:, c], x.do[:, c]
+    s = exact_S - S[:, c]
+    dG = ((x.scale * gamma * x.rq[:, c, :, None] * q) @ s * dO).sum(-1) + (W[:, c] * (k @ s)).sum(-1)
+    R = b * (x.v[:, c] - gamma * x.rk[:, c, :, None] * (k @ exact_S))
+    u = k_end[:, c, :, None] * (A[:, c] @ rounded("beta R", R) + R)
+    k_dots = (u * (k @ exact_dS)).sum(-1) - (U[:, c] * (k @ dS[:, c])).sum(-1)
+    return dG, k_dots, gamma[:, -1, 0] * (exact_S * exact_dS).sum((-1, -2))
 
 
 def sum_errors(
@@ -254,6 +280,8 @@ class Options:
     """Size of a component that all tokens of a head have in common in q, k, v, relative to the random one."""
     seed: int = 0
     """Of the data."""
+    refine_given: bool = True
+    """Whether what rounding the given states takes from the gate's gradient is put back (`chunk_bwd_borders`)."""
     group: int = 0
     """If not 0: also errors of sums over all tokens for each so many heads, of all roundings, each, and the walks'."""
     output: Path | None = None
@@ -275,7 +303,7 @@ def main(options: Options) -> int:
     runs = {"all": set(ROUNDINGS), "none": set()} | {name: {name} for name in ROUNDINGS}
     table, sums = {}, {}
     for name, names in (runs | ({"walks": WALKS} if options.group else {})).items():
-        found = emulate(chunks, Rounding(names))
+        found = emulate(chunks, Rounding(names), options.refine_given)
         if name in runs:
             table[name] = errors(found, expected, inputs)
         if options.group:

@@ -27,6 +27,7 @@ from gdn_cp.kernels.bwd_slices import (
     slice_chunks,
     summary_chunks,
 )
+from gdn_cp.kernels.chunk_bwd_borders import GivenStates, borders_kernel, borders_options
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
 from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
 from gdn_cp.kernels.chunk_bwd_rows import RowSums, least_beta, row_gradients, row_sums
@@ -128,6 +129,7 @@ def chunk_gated_delta_rule_bwd(
     piece_states: tuple[Tensor, Tensor] | None = None,
     piece_chunks: int = 0,
     slices: Slices | None = None,
+    refine_given: bool = True,
     shares: int = 1,
     share: int = 0,
     later: LaterSums | None = None,
@@ -146,6 +148,8 @@ def chunk_gated_delta_rule_bwd(
         piece_states: with sequences cut into pieces of piece_chunks chunks, the state at the start of each piece
             [NP, HV, K, V], and the summaries [NP, HV, K, V + K] whose last K columns are M of S_out = S_ext + M S_in.
         slices: what `start_backward` gave for the same arguments, if it was called before.
+        refine_given: whether dg gets back what rounding initial_state and dht takes, by one more launch
+            (`chunk_bwd_borders`).
         shares, share: these heads are the share-th of so many; dA_log and ddt_bias are [shares * HV], zeros elsewhere.
         later: whose launch fills these two; None: at once.
 
@@ -165,12 +169,13 @@ def chunk_gated_delta_rule_bwd(
     if piece_states is not None:
         starts, sums = piece_states
         ends = piece_gradients(run.summarise(dht, state_v_first), sums, tables.pieces)
+    given = GivenStates(initial_state, dht, state_v_first) if refine_given else None
     rows = row_sums(tables.num_chunks, HV, q.device, g is not None, beta is not None)
     for index, c0, c1 in run.bounds():
         checkpoint = None if checkpoints is None else checkpoints[index]
         run.chains(index, c0, c1, initial_state, dht, checkpoint, starts, ends, out, state_v_first)
         if c1 > c0:
-            run.local(c0, c1, out, rows)
+            run.local(c0, c1, out, rows, given)
     row_gradients(
         rows, prepared.bt, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, out.dbeta, parts,
         sigmoid=use_beta_sigmoid_in_kernel, least=least_beta(q.dtype),
@@ -359,8 +364,9 @@ class Slices:
             self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device).unbind()
         return self.carries[index % 2], self.carries[(index + 1) % 2]
 
-    def local(self, c0: int, c1: int, out: Gradients, rows: RowSums) -> None:
-        """dq, dk of chunks c0 .. c1 - 1, and their part of `rows`, which are of all chunks."""
+    def local(self, c0: int, c1: int, out: Gradients, rows: RowSums, given: GivenStates | None) -> None:
+        """dq, dk of chunks c0 .. c1 - 1, and their part of `rows`, which are of all chunks; with what rounding took
+        from states that are `given`."""
         q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
         assert self.h is not None
         assert self.dh is not None
@@ -379,6 +385,8 @@ class Slices:
             self.matrices(self.M, bv), self.matrices(U, bv), D, F, out.dk, rows.k_dots, rows.state_dots,
             c0, *_strides(q, k), **options, **self.constants,
         )  # fmt: skip
+        if given is not None and rows.dG is not None and given.rounded_for(q.dtype):
+            self.put_back(c0, c1, U, rows, given)
         bv, options = launch_options(self.config.dq)
         run_kernel(dq_kernel, (c1 - c0) * self.H,
             q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D,
@@ -386,6 +394,16 @@ class Slices:
         )  # fmt: skip
         if c0 == self.prepared_slice[0]:  # slices come last first
             self.products, self.prepared_slice = None, (0, 0)
+
+    def put_back(self, c0: int, c1: int, U: Tensor, rows: RowSums, given: GivenStates) -> None:
+        """Add to `rows` what rounding took from given states. After the sums of dk_kernel, and before q may go."""
+        q, k, v, do, pieces = self.q, self.k, self.v, self.do, self.tables.pieces
+        constants = {name: x for name, x in self.constants.items() if name != "TMA"}
+        run_kernel(borders_kernel, 2 * self.tables.num_pieces * self.HV,
+            q, k, v, do, *self.factors(), self.prepared.Ag, self.h, self.dh, self.M, U, pieces, given.initial_state,
+            given.dht, rows.dG, rows.k_dots, rows.state_dots, self.scale, c0, c1, *_strides(q, k, v, do),
+            V_FIRST=given.v_first, **borders_options(self.K, self.V), **constants,
+        )  # fmt: skip
 
     def _scores(self, c0: int, c1: int) -> list[Tensor]:
         """Memory for U, D and F of chunks c0 .. c1 - 1: X and Yt, if they were kept, are done with."""
