@@ -50,7 +50,7 @@ from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
 from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs
 from gdn_cp.kernels.sums_triton import ColumnSums, LaterSums, sum_partials
-from gdn_cp.ownership import all_of_a_storage
+from gdn_cp.ownership import all_of_a_storage, counts_of_last_use, is_last_use
 
 if TYPE_CHECKING:
     from gdn_cp.gated_delta_net import GdnDims
@@ -116,8 +116,9 @@ class _FusedMixer(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        last_use = is_last_use(grad_outputs)
         with on_device(grad_outputs[0].device):
-            return None, *_backward(ctx, grad_outputs[0])
+            return None, *_backward(ctx, grad_outputs[0], last_use)
 
 
 def _forward(ctx: Any, call: FusedCall, projected: Tensor, parameters: MixerParameters) -> Tensor:
@@ -183,8 +184,11 @@ def _piece_chunks(call: FusedCall, num_rows: int, like: Tensor) -> int:
     return chain_plan(like.device, like.dtype, sequences, num_rows, *dims, intra_card=call.intra_card).cut
 
 
-def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    """Each stage lets go of what no later one reads; at the rule, which needs most, little else is left."""
+def _backward(ctx: Any, d_out: Tensor, last_use: bool) -> tuple[Tensor | None, ...]:
+    """Each stage lets go of what no later one reads; at the rule, which needs most, little else is left.
+
+    `last_use`: whether nobody else reads d_out, whose memory is let go of then although autograd holds the tensor.
+    """
     call: FusedCall = ctx.call
     columns, in_place = call.transport.columns, isinstance(call.transport, LocalTransport)
     x, gates, z, o, halo_rows, *rest = ctx.saved_tensors
@@ -201,6 +205,8 @@ def _backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     later = LaterSums()  # gradients of parameters, all at the end
     d_o, d_norm = _norm_backward(call, d_out, o, z, parameters, dz, later, room)
     del o, z, room
+    if last_use:
+        d_out.untyped_storage().resize_(0)
 
     # q, k, v computed anew may lie where their gradients will: the convolution's backward no longer reads them.
     scratch = None
@@ -270,7 +276,7 @@ def _norm_backward(
 
 def _rule_backward(
     ctx: Any, x: Tensor, halo: Halo | None, gates: Tensor, d_o: Tensor, parameters: MixerParameters,
-    of_rule: list[Tensor], scratch: Tensor | None, later: LaterSums,
+    of_rule: list[Any], scratch: Tensor | None, later: LaterSums,
 ) -> tuple[SectionGradients, Tensor, Tensor]:  # fmt: skip
     """The convolution anew, into `scratch` if given, and the rule's gradients (of A_log and dt_bias of all heads)."""
     call: FusedCall = ctx.call
@@ -287,8 +293,8 @@ def _rule_backward(
             x, ctx.x_rows, parameters.conv1d_weight, parameters.conv1d_bias, call.cu_seqlens, len(gates), y=scratch,
             halo=halo,
         )  # fmt: skip
-        inputs, saved = _token_inputs(call, qkv, gates, parameters), tuple(of_rule)
-        found: Any = call.states.rule.backward(inputs, saved, ctx.piece_chunks, d_o.view(inputs.v.shape), (True,) * 7)
+        inputs, d_o = _token_inputs(call, qkv, gates, parameters), by_head(d_o, call.heads.head_v_dim)[None]
+        found: Any = call.states.rule.backward(inputs, of_rule, ctx.piece_chunks, d_o, (True,) * 7)
         dq, dk, dv, d_alpha, d_beta, *of_heads = found
         if call.shares > 1:
             of_heads = sum_partials(torch.stack(of_heads)[None], shares=call.shares, share=call.share).unbind()
@@ -306,6 +312,8 @@ def fused_mixer(projected: Tensor, parameters: MixerParameters, call: FusedCall)
     """`gdn_cp.gated_delta_net_mixer` for checked arguments: [t, width] -> [t, HV*V]; differentiable once."""
     if projected.stride(1) != 1:
         projected = projected.contiguous()
+    if call.keep:
+        counts_of_last_use()
     return _FusedMixer.apply(call, projected, *parameters)
 
 

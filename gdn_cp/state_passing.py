@@ -191,10 +191,15 @@ class PassingCall:
         return o, (entering, *maps, *kept), piece_chunks
 
     def backward(
-        self, inputs: TokenInputs, saved: Saved, piece_chunks: int, d_output: Tensor, needed: tuple[bool, ...]
-    ) -> Saved:
-        """The gradient of each field of the inputs, None where not needed."""
+        self, inputs: TokenInputs, saved: list[Tensor | None], piece_chunks: int, d_output: Tensor,
+        needed: tuple[bool, ...],
+    ) -> Saved:  # fmt: skip
+        """The gradient of each field of the inputs, None where not needed.
+
+        `saved`, what `forward` gave, is emptied: the M, the largest of it, go before the rule's backward has its peak.
+        """
         entering, matrices, lost, *kept = saved
+        saved.clear()
         assert entering is not None
         assert matrices is not None
         bounds, roles = self.table.cu_seqlens_tensor, self.routes.roles
@@ -206,7 +211,7 @@ class PassingCall:
         d_ext = pending.state_gradient(self.exchange.slots, room)
         maps = Maps(matrices, lost)
         leaving = self.exchange.backward(d_ext, maps, kernels=bool(kept), meanwhile=pending.prepare)
-        del d_ext
+        del d_ext, maps, matrices
         return pending.finish(leaving)
 
 
@@ -238,5 +243,6 @@ class _StatePassing(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad[1:]
-        tensors, saved = ctx.saved_tensors[: len(needed)], ctx.saved_tensors[len(needed) :]
-        return None, *ctx.call.backward(TokenInputs(*tensors), saved, ctx.piece_chunks, grads[0], needed)
+        saved = [*ctx.saved_tensors]
+        tensors, of_rule = saved[: len(needed)], saved[len(needed) :]
+        return None, *ctx.call.backward(TokenInputs(*tensors), of_rule, ctx.piece_chunks, grads[0], needed)
