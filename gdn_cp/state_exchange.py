@@ -134,8 +134,7 @@ class PeerStates:
         return entering, maps
 
     def backward(self, d_ext: Tensor, maps: Maps, kernels: bool, meanwhile: Callable[[], object]) -> Tensor:
-        """See `StateExchange`. On one stream nothing runs beside a barrier; behind it, `meanwhile` holds up this
-        rank's own work alone, and no peer that waits for its signal."""
+        """See `StateExchange`. `meanwhile` is left out: on one stream nothing runs beside a barrier."""
         from gdn_cp.comm.state_peers_triton import pull_gradients
 
         assert kernels
@@ -143,7 +142,6 @@ class PeerStates:
         plan, (K, V), slot = self.plan, d_ext.shape[2:], self.memory.slot_of(d_ext)
         self.memory.settle()
         ext = pull_gradients(slot.addresses, plan.gradients, maps.lost, self._matrices, K, V)
-        meanwhile()
         leaving = ext.new_empty(plan.segments, plan.heads, K, V)
         flat = leaving.view(-1, K, V)
         _merge(ext, maps.matrices, plan.reverse, flat, kernels, lost=maps.lost, transpose=True)
