@@ -12,11 +12,13 @@ to what outlives the call. What it does with tensors besides is found out while 
 called itself.
 
 The memory that no result lies in comes in one piece, laid out by the times between which each block was in use. So a
-function's peak is what it is without a recording, if it lets go of what it no longer needs.
+function that lets go of what it no longer needs has the peak that it has without a recording, but for its results:
+all are there from its beginning.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
@@ -28,6 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
+from gdn_cp.kernels.tuned import LAUNCHES_VARIABLE
 from gdn_cp.launch import thread, watched
 from gdn_cp.launch_bare import BareLauncher, MapsOf
 from gdn_cp.memory_plan import Lifetime, place_blocks
@@ -160,7 +164,7 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS:
             self._allocated(out)
-        elif not func.is_view:
+        elif not func.is_view or _is_copy(out, args[0]):  # contiguous() may be either, in inference mode
             self.refuse(f"{func} is called")
         return out
 
@@ -275,6 +279,12 @@ class Recorder(TorchDispatchMode):
         return None
 
 
+def _is_copy(out: Any, x: Tensor) -> bool:
+    """Whether what a view of x is asked for gave lies elsewhere."""
+    views = (out,) if isinstance(out, Tensor) else out
+    return any(view.untyped_storage()._cdata != x.untyped_storage()._cdata for view in views)
+
+
 def _span(x: Tensor) -> int:
     """Bytes from the first element to behind the last."""
     return (1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
@@ -289,26 +299,31 @@ _recordings: dict[Hashable, Recording | str | None] = {}
 """For each function, its settings and its tensors' shapes: the recording, why there can be none, or None before it is
 known whether there will be another call."""
 
+_UNSEEN = object()
+
 
 def replayable(function: Callable[..., Tensors], tensors: Tensors, settings: tuple[Hashable, ...]) -> Tensors:
     """function(*tensors, *settings), whose launches are recorded at the second call and done again at later ones.
 
     Args:
         function: see the module; what it returns is all that it allocates and that lives on.
-        tensors: all on the current device; some may be None, but not the first. The function may write to them.
-        settings: all else that it depends on.
+        tensors: all on the current device; some may be None, but not the first. The function may write to them. Where
+            one begins inside another, what the function launches on that address is taken to be on the former.
+        settings: all else that it depends on, but for the environment variables GDN_CP_LAUNCHES and
+            GDN_CP_PIECE_CHUNKS. Those that are equal (1, 1.0 and True) must mean the same.
     """
     if torch._C._len_torch_dispatch_stack() or watched():
         return function(*tensors, *settings)
     shapes = [None if x is None else (x.dtype, x.shape, x.stride(), x.data_ptr() & 15) for x in tensors]
     device = tensors[0].device if tensors[0] is not None else None
-    key = (function, settings, device, knobs.runtime.debug, *shapes)
-    if key not in _recordings:
+    variables = os.environ.get(LAUNCHES_VARIABLE), os.environ.get(PIECES_VARIABLE)
+    key = (function, settings, device, knobs.runtime.debug, variables, *shapes)
+    found: Any = _recordings.get(key, _UNSEEN)  # at once: another thread may forget all
+    if found is _UNSEEN:
         if len(_recordings) >= MAX_RECORDINGS:
             _recordings.clear()
         _recordings[key] = None
         return function(*tensors, *settings)
-    found = _recordings[key]
     if isinstance(found, Recording):
         return found.replay(tensors)
     if found is not None:

@@ -4,6 +4,7 @@ called as ever. Kernels are stood in for by C-like functions that read and write
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp import launch, launch_bare, launch_recording
+from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
+from gdn_cp.kernels.tuned import LAUNCHES_VARIABLE
 from gdn_cp.launch import run_kernel, thread
 from gdn_cp.launch_bare import BareLauncher, MapsOf
 from gdn_cp.launch_recording import Recording, Tensors, replayable
@@ -179,6 +182,25 @@ def test_another_shape_setting_stride_or_alignment_is_recorded_anew():
         assert len(recordings()) == count + 1
 
 
+def test_another_environment_is_recorded_anew(monkeypatch: pytest.MonkeyPatch):
+    """The variables that plans of launches read may change between calls."""
+
+    def function(x: Tensor) -> Tensors:
+        offset = int(os.environ.get(PIECES_VARIABLE, 0)) + int(os.environ.get(LAUNCHES_VARIABLE, 0))
+        return (add(x, None, torch.empty(8), offset=offset),)
+
+    x = random(8)
+    for offset, variables in enumerate([{}, {PIECES_VARIABLE: "1"}, {LAUNCHES_VARIABLE: "2"}, {}]):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            for _ in range(3):
+                (got,) = replayable(function, (x,), ())
+                torch.testing.assert_close(got, x + offset % 3)
+    assert all(isinstance(recording, Recording) for recording in recordings())
+    assert len(recordings()) == 3
+
+
 def chain_shape(x: Tensor, y: Tensor, absent: None, steps: int) -> Tensors:
     return (add(x.contiguous(), None, torch.empty_like(x)),)
 
@@ -240,6 +262,10 @@ def test_what_cannot_be_done_again_is_called_as_ever(monkeypatch: pytest.MonkeyP
     inside = lambda a, b: (add(y[2:], None, torch.empty(2)),)  # noqa: E731 - in both of the views
     assert "neither an input's" in refused(inside, overlapping)
     assert refused(lambda x: (x,), (x,)) == "it launches nothing"
+    made = lambda x: (add(x.view(2, 4).t().contiguous().view(8), None, torch.empty(8)),)  # noqa: E731
+    assert "aten.clone" in refused(made, (x,))
+    with torch.inference_mode():  # where an operation is seen that may be a view
+        assert "aten.contiguous" in refused(made, (x,))
     monkeypatch.setattr(launch, "_classes", {})
     with monkeypatch.context() as patch:
         patch.setattr(launch, "MAX_CLASSES", 0)  # every launch is a first one
@@ -289,6 +315,22 @@ def test_an_error_while_recording_leaves_nothing_behind():
     with pytest.raises(ArithmeticError):
         replayable(fails, (x,), (fail,))
     assert thread.recorder is None
+
+
+def test_recordings_may_be_forgotten_by_another_thread(monkeypatch: pytest.MonkeyPatch):
+    class Forgetful(dict[Any, Any]):
+        """Loses all as soon as it has said whether there is something."""
+
+        def __contains__(self, key: object) -> bool:
+            found = super().__contains__(key)
+            self.clear()
+            return found
+
+    monkeypatch.setattr(launch_recording, "_recordings", Forgetful())
+    x, function = random(8), lambda x: (add(x, None, torch.empty(8)),)
+    for _ in range(4):
+        (got,) = replayable(function, (x,), ())
+        torch.testing.assert_close(got, x)
 
 
 def test_recordings_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch):
