@@ -21,7 +21,8 @@ def all_of_a_storage(*aliases: Tensor) -> bool:
     """Whether these tensors, made by the caller and seen by nobody else, are all that holds their common storage.
 
     To ask about a tensor that was handed out, make an alias (`x.detach()`), drop x, and ask about the alias: x goes
-    unless somebody else holds it, and a view of it, an array or a saved copy holds the storage as well.
+    unless somebody else holds it, and a view of it, an array or a saved copy holds the storage as well. Memory that
+    torch did not allocate (of an array, by dlpack, of a replayed CUDA graph) is never all of anybody's.
 
     >>> x = torch.zeros(4, 2)
     >>> held = [x]
@@ -33,7 +34,7 @@ def all_of_a_storage(*aliases: Tensor) -> bool:
     (True, True)
     """
     first = aliases[0].untyped_storage()
-    if any(x.untyped_storage()._cdata != first._cdata for x in aliases[1:]):
+    if not first.resizable() or any(x.untyped_storage()._cdata != first._cdata for x in aliases[1:]):
         return False
     alone = _of_new_tensor()
     if alone is None:
@@ -63,9 +64,13 @@ def is_last_use(gradients: tuple[Tensor, ...]) -> bool:
     callers have count too. Call `counts_of_last_use` before the first such backward.
 
     A gradient that a user gave, that goes to other functions too, that a hook or a leaf took, is held by them. Under a
-    dispatch mode, which may keep anything, the answer is no.
+    dispatch mode, which may keep anything, and for memory that torch did not allocate, the answer is no.
     """
-    return gradients[0].__class__ is Tensor and _count_gradient(gradients) in counts_of_last_use()
+    gradient = gradients[0]
+    if gradient.__class__ is not Tensor or not gradient.untyped_storage().resizable():
+        return False
+    del gradient
+    return _count_gradient(gradients) in counts_of_last_use()
 
 
 def counts_of_last_use() -> frozenset[tuple[int, ...]]:

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -50,12 +51,20 @@ def test_whatever_holds_a_tensor_is_seen(hold: Callable[[Tensor], Any], view: bo
     held = [hold(x)]
     x = x.detach()
     assert not all_of_a_storage(x)
+    lent = isinstance(held[0], np.ndarray)  # for good, as torch has it
     held.clear()
-    assert all_of_a_storage(x)
+    assert all_of_a_storage(x) != lent
     part = x[2:]
     assert not all_of_a_storage(x)
-    assert all_of_a_storage(x, part)
+    assert all_of_a_storage(x, part) != lent
     assert not all_of_a_storage(x, torch.ones(1))
+
+
+@pytest.mark.parametrize("lend", [torch.from_numpy, torch.from_dlpack, torch.frombuffer])
+def test_memory_of_others_is_never_all_of_a_tensor(lend: Callable[..., Tensor]):
+    array = np.ones(8, np.float32)
+    x = lend(array) if lend is not torch.frombuffer else lend(array.data, dtype=torch.float32)
+    assert not all_of_a_storage(x)
 
 
 class Asked(torch.autograd.Function):
@@ -173,6 +182,25 @@ def test_gradients_with_other_uses():
     of_y, of_x = torch.autograd.grad(y * 2, (y, x), torch.ones_like(y))
     assert answers[2:] == [False]
     assert torch.equal(of_y, of_x)
+
+
+class Lent(torch.autograd.Function):
+    """A copy, whose gradient goes on in the memory of an array."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, array: Any) -> Tensor:
+        ctx.array = array
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return torch.from_numpy(ctx.array).copy_(gradients[0]), None
+
+
+def test_a_gradient_in_memory_of_others():
+    array = np.zeros((4, 3), np.float32)
+    assert answers_of(lambda y: Lent.apply(y, array) * 2) == [False]
+    assert (array == 2.0).all()
 
 
 def test_nothing_is_asked_under_a_dispatch_mode():
