@@ -37,3 +37,9 @@ def test_blocks_of_one_time_lie_apart(blocks: list[Lifetime]):
 def test_blocks_one_after_another_need_the_largest_alone(blocks: list[Lifetime]):
     apart = [Lifetime(block.num_bytes, index, index + 1) for index, block in enumerate(blocks)]
     assert place_blocks(apart)[1] == max((rounded(block.num_bytes) for block in blocks), default=0)
+
+
+def test_the_largest_come_first_and_gaps_are_filled_to_the_byte():
+    """The middle one is needed with both others, which are not together: the last goes below it."""
+    assert place_blocks([Lifetime(1024, 0, 2), Lifetime(512, 1, 3), Lifetime(1000, 2, 4)]) == ([0, 1024, 0], 1536)
+    assert place_blocks([Lifetime(1536, 0, 2), Lifetime(1536, 1, 5), Lifetime(1536, 3, 4)]) == ([0, 1536, 0], 3072)
