@@ -18,6 +18,7 @@ from gdn_cp.kernels.chunk_prepare import prepare, prepare_products
 from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 from gdn_cp.kernels.tables import chunk_tables
+from gdn_cp.launch import thread
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -162,6 +163,30 @@ def test_tables_of_packed_sequences():
     cu[1:3] = 30  # in place: the cached tables are stale
     changed = chunk_tables(1, 170, cu, DEVICE, piece_chunks=1)
     assert changed.chunks.tolist()[:4] == [[0, 0, 30, 0], [2, 30, 64, 0], [2, 94, 64, 1], [2, 158, 12, 2]]
+
+
+@pytest.mark.parametrize("bounds", [None, [0, 100, 100, 170]])
+def test_tables_are_looked_up_for_who_records(bounds, monkeypatch):
+    """By what gives the same tables for other boundaries too."""
+    finds = []
+
+    class Recorder:
+        def look_up(self, find, of):
+            finds.append(find)
+            with monkeypatch.context() as patch:
+                patch.setattr(thread, "recorder", None)
+                return find(of)
+
+    cu = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    batch, other = (2, None) if cu is None else (1, cu // 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(thread, "recorder", Recorder())
+        tables = chunk_tables(batch, 170, cu, DEVICE, piece_chunks=1)
+    for (chunks, pieces), of in (((tables.chunks, tables.pieces), cu), (finds[0](other), other)):
+        wanted = chunk_tables(batch, 170, of, DEVICE, piece_chunks=1)
+        assert torch.equal(chunks, wanted.chunks)
+        assert torch.equal(pieces, wanted.pieces)
+        assert tables.num_sequences == wanted.num_sequences
 
 
 @pytest.mark.parametrize("cu", [[0, 90, 500], [-70, 90, 170], [100, 0, 170, 20, 170]])

@@ -300,6 +300,15 @@ def test_the_gradient_of_o_takes_the_place_of_z(
     assert found.same_as(expected)
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype", "fits"), [(24, torch.float32, True), (20, torch.float32, False), (24, torch.float64, False)]
+)
+def test_z_stays_where_the_rule_cannot_copy_rows_or_has_another_type(width: int, dtype: torch.dtype, fits: bool):
+    x = torch.empty(6, width)
+    z = x[:, 4:12]
+    assert (fused_module._place_of_z(x, z, torch.empty(6, 8, dtype=dtype)) is z) == fits
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_what_a_checkpoint_holds_stays_as_it_is(expected: Run, reentrant: bool):
     def recomputed(*call: Any) -> Tensor:
