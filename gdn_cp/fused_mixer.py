@@ -184,7 +184,7 @@ def _piece_chunks(call: FusedCall, num_rows: int, like: Tensor) -> int:
     return chain_plan(like.device, like.dtype, sequences, num_rows, *dims, intra_card=call.intra_card).cut
 
 
-def _backward(ctx: Any, d_out: Tensor, last_use: bool) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out: Tensor, last_use: bool = False) -> tuple[Tensor | None, ...]:
     """Each stage lets go of what no later one reads; at the rule, which needs most, little else is left.
 
     `last_use`: whether nobody else reads d_out, whose memory is let go of then although autograd holds the tensor.
