@@ -155,4 +155,4 @@ def test_the_kernels_give_the_bits_of_a_gather(K, V, share):
         assert torch.equal(entering, wanted[0])
         called: list[int] = []
         assert torch.equal(way.backward(d_ext, maps, True, partial(called.append, 1)), wanted[1])
-        assert called == [1]
+        assert called == []  # on one stream nothing runs beside a barrier
