@@ -1,9 +1,9 @@
 """Calling a compiled kernel without what Triton wraps around the C function that launches it.
 
-Triton 3.6 makes tensor maps of a launch's descriptors anew each time, and looks through all arguments for them. Their
+Triton makes tensor maps of a launch's descriptors anew each time, and looks through all arguments for them. Their
 content follows from addresses and shapes alone, and PyTorch's allocator gives the same addresses step after step. So
 they are kept, and the C function is called directly: for a kernel with nine descriptors that is most of the host's
-time. This reaches into Triton; where it does not look as in 3.6, `bare_launcher` says None.
+time. This reaches into Triton; where it does not look as in 3.5 to 3.7, `bare_launcher` says None.
 """
 
 from __future__ import annotations
@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-KNOWN_VERSION = "3.6."
+KNOWN_VERSIONS = ("3.5", "3.6", "3.7")
 MAX_MAPS = 256  # of one descriptor
 
 _WRAPPED = {"launcher", "tensordesc_indices", "tensordesc_meta"}
 """What Triton's function that unfolds descriptors refers to."""
+
+
+def is_known() -> bool:
+    """Whether launches can be bare with this version of Triton."""
+    return ".".join(triton.__version__.split(".")[:2]) in KNOWN_VERSIONS
 
 
 class _Address:
@@ -38,6 +43,7 @@ class _Described(NamedTuple):
     shape: list[int]
     strides: list[int]
     padding: str
+    round_f32_to_tf32: bool
 
 
 class MapsOf:
@@ -45,7 +51,8 @@ class MapsOf:
 
     def __init__(self, kind: Any, like: TensorDescriptor) -> None:
         self._kind = kind
-        self._shape, self._strides, self._padding = list(like.shape), list(like.strides), like.padding
+        self._shape, self._strides = list(like.shape), list(like.strides)
+        self._options = like.padding, _rounds(like)
         self._unfolded: dict[int, list[Any]] = {}
 
     def unfold(self, address: int) -> list[Any]:
@@ -56,9 +63,14 @@ class MapsOf:
 
             if len(self._unfolded) >= MAX_MAPS:
                 self._unfolded.clear()
-            described = _Described(_Address(address), self._shape, self._strides, self._padding)
+            described = _Described(_Address(address), self._shape, self._strides, *self._options)
             found = self._unfolded[address] = make_tensordesc_arg(described, self._kind)
         return found
+
+
+def _rounds(x: TensorDescriptor) -> bool:
+    """Whether loads round to tf32, which Triton 3.7 knows."""
+    return getattr(x, "round_f32_to_tf32", False)
 
 
 class BareLauncher:
@@ -70,9 +82,14 @@ class BareLauncher:
     def __init__(self, compiled: Any, launch: Any, kinds: tuple[tuple[int, Any], ...]) -> None:
         wrapper = compiled.run
         self._launch, self._kinds, self._function = launch, kinds, compiled.function
-        # Flags of the grid; no scratch memory; the kernel's metadata; no hooks, and nothing to tell them.
-        middle = (wrapper.launch_cooperative_grid, wrapper.launch_pdl, None, None, compiled.packed_metadata)
-        self._middle = (*middle, None, None, None)
+        flags, metadata = (wrapper.launch_cooperative_grid, wrapper.launch_pdl), compiled.packed_metadata
+        # No hooks, nothing to tell them, and no scratch memory, in either order.
+        self._together = hasattr(wrapper, "kernel_signature")  # since 3.7, whose C function serves all kernels
+        if self._together:
+            nothing = (None, None, None, None, None)
+            self._middle = (*flags, metadata, *nothing, wrapper.arg_annotations, wrapper.kernel_signature)
+        else:
+            self._middle = (*flags, None, None, metadata, None, None, None)
         self._maps: dict[tuple[Any, ...], MapsOf] = {}
 
     def __call__(self, programs: int, stream: int, values: list[Any]) -> None:
@@ -84,7 +101,10 @@ class BareLauncher:
 
     def launch(self, programs: int, stream: int, values: list[Any]) -> None:
         """Launch so many programs; `values` with descriptors already unfolded."""
-        self._launch(programs, 1, 1, stream, self._function, *self._middle, *values)
+        if self._together:
+            self._launch(programs, 1, 1, stream, self._function, *self._middle, values)
+        else:
+            self._launch(programs, 1, 1, stream, self._function, *self._middle, *values)
 
     def unfold(self, values: list[Any]) -> tuple[list[Any], list[int], dict[int, MapsOf]]:
         """(`values` with descriptors unfolded, where each value of before begins there, the maps of the descriptors by
@@ -101,7 +121,7 @@ class BareLauncher:
         return flat, begins, maps
 
     def _maps_of(self, index: int, kind: Any, x: TensorDescriptor) -> MapsOf:
-        key = (index, x.padding, *x.shape, *x.strides)
+        key = (index, x.padding, _rounds(x), *x.shape, *x.strides)
         found = self._maps.get(key)
         if found is None:
             if len(self._maps) >= MAX_MAPS:
@@ -113,7 +133,7 @@ class BareLauncher:
 def bare_launcher(compiled: Any) -> BareLauncher | None:
     """A launcher of what Triton compiled; None where Triton's own has to be called."""
     wrapper = compiled.run
-    if not triton.__version__.startswith(KNOWN_VERSION) or type(wrapper).__name__ != "CudaLauncher":
+    if not is_known() or type(wrapper).__name__ != "CudaLauncher":
         return None
     if wrapper.global_scratch_size or wrapper.profile_scratch_size:  # memory that is allocated for each launch
         return None
