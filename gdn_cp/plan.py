@@ -29,6 +29,7 @@ _COLUMNS = (
     "states us",
     "rule us",
     "rows us",
+    "matmul us",
     "host us",
     "total us",
 )
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dims,
             kind=options.kind,
             element_size=options.element_size,
+            hidden_size=options.hidden_size,
             machine=options.machine,
             peers=options.peers,
         )
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--conv-kernel", type=int, default=4, help="taps of the convolution (default 4)")
     parser.add_argument("--kind", default="zigzag", help="zigzag (default), contiguous or batched")
     parser.add_argument("--element-size", type=int, default=2, help="bytes of an activation (default 2)")
+    parser.add_argument("--hidden-size", type=int, help="of the layer (default: value heads * V / 2)")
     parser.add_argument("--machine", default="default", help=f"one of {', '.join(machine_names())}, or a JSON file")
     parser.add_argument("--peers", action="store_true", help="tokens move through peers' memory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -96,7 +99,7 @@ def _rows(made: Plan) -> list[list[str]]:
             rows.append([name, *["-"] * (len(_COLUMNS) - 1)])
             continue
         sizes = (p.exchange_bytes, p.state_bytes, p.halo_bytes, p.kept_bytes)
-        times = (p.exchange_us, p.state_us, p.rule_us, p.rows_us, p.host_us, p.total_us)
+        times = (p.exchange_us, p.state_us, p.rule_us, p.rows_us, p.matrices_us, p.host_us, p.total_us)
         rows.append([name, *(f"{size / 1e6:.2f}" for size in sizes), *(f"{time:.0f}" for time in times)])
     return rows
 
@@ -112,7 +115,7 @@ def _print_table(made: Plan, title: str) -> None:
             column.justify = "right"
         for row in rows:
             table.add_row(*row, style="bold" if row[0].endswith("<-") else None)
-        Console(width=None if sys.stdout.isatty() else 110).print(table)
+        Console(width=None if sys.stdout.isatty() else 130).print(table)
     else:
         widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
         print(title)

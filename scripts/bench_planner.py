@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc-per-node 4 scripts/bench_planner.py --output benchmarks/results/planner-cp4.json
 
-For each batch the mixer's forward and backward are timed with every possible `a2a_size`, after the outputs of all of
+For each batch a layer's forward and backward are timed with every possible `a2a_size`, after the outputs of all of
 them have been compared. Fails if on any batch the planner's choice is more than 10 % slower than the best one.
 
 Dimensions: t local rows, P ranks.
@@ -22,7 +22,7 @@ from bench_ranks import World, batch_lengths, join_world, leave, time_by_turns
 from kernel_cases import LIMIT, machine, relative_error, write_json
 from torch import Tensor
 
-from gdn_cp import GatedDeltaNet, ThdLayout, gated_delta_net_mixer
+from gdn_cp import GatedDeltaNet, ThdLayout
 from gdn_cp.comm.choice import possible_a2a_sizes
 from gdn_cp.comm.peer_vote import peer_memory
 from gdn_cp.comm.planner import plan
@@ -51,6 +51,8 @@ class Options:
     """Query/key heads and value heads."""
     head_dim: int = 128
     """K = V."""
+    hidden: int = 2048
+    """Width of the layer."""
     repeats: int = 3
     """Rounds of each timing."""
     calls: int = 3
@@ -78,10 +80,9 @@ class Row:
 def step(
     layer: GatedDeltaNet, x: Tensor, weight: Tensor, layout: ThdLayout, group: dist.ProcessGroup | None, a2a_size: int
 ) -> Tensor:
-    """Forward and backward of the mixer; the output."""
-    arguments = layer.mixer_arguments()
-    out = gated_delta_net_mixer(x, **arguments, layout=layout, group=group, a2a_size=a2a_size)
-    torch.autograd.grad(out, [x, *(p for p in arguments.values() if isinstance(p, Tensor))], weight)
+    """Forward and backward of the layer; the output."""
+    out = layer(x, layout=layout, group=group, a2a_size=a2a_size)
+    torch.autograd.grad(out, [x, *layer.parameters()], weight)
     return out.detach()
 
 
@@ -92,12 +93,18 @@ def measure(layer: GatedDeltaNet, batch: tuple[int, int, bool], options: Options
     layout = ThdLayout.zigzag(bounds, world.size, device=world.device)
     dims, dtype = layer.dims, layer.in_proj.weight.dtype
     draw = torch.Generator(world.device).manual_seed(world.rank)
-    widths = dims.in_proj_dim, dims.num_v_heads * dims.head_v_dim
-    x, weight = (torch.randn(layout.t_local, width, generator=draw, device=world.device).to(dtype) for width in widths)
+    shape = 2, layout.t_local, layer.hidden_size
+    x, weight = torch.randn(shape, generator=draw, device=world.device).to(dtype).unbind()
     x.requires_grad_()
     peers = peer_memory(world.group, world.device) is not None
     predicted = plan(
-        layout.cu_seqlens, world.size, dims, element_size=x.element_size(), machine=options.machine, peers=peers
+        layout.cu_seqlens,
+        world.size,
+        dims,
+        element_size=x.element_size(),
+        hidden_size=layer.hidden_size,
+        machine=options.machine,
+        peers=peers,
     )
     sizes = possible_a2a_sizes(world.size, dims.num_k_heads, dims.num_v_heads)
     steps = {str(a): partial(step, layer, x, weight, layout, world.group, a) for a in sizes}
@@ -128,9 +135,10 @@ def main(options: Options) -> int:
     world = join_world()
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     torch.manual_seed(0)
-    layer = GatedDeltaNet(8, *options.heads, options.head_dim, options.head_dim, device=world.device, dtype=dtype)
+    dims = *options.heads, options.head_dim, options.head_dim
+    layer = GatedDeltaNet(options.hidden, *dims, device=world.device, dtype=dtype)
     rows, status = [], 0
-    world.say("measured (predicted) milliseconds of the mixer's forward and backward by a2a_size")
+    world.say("measured (predicted) milliseconds of the layer's forward and backward by a2a_size")
     for batch in options.grid:
         row = measure(layer, batch, options, world)
         rows.append(row)

@@ -122,17 +122,24 @@ def merge_milliseconds(options: Options, world: World) -> float:
     return time_by_turns({"merge": step}, world, options.repeats, calls=4)["merge"] / steps
 
 
+def matmul_tflops(options: Options, world: World) -> float:
+    """Speed of a projection of as many rows as a layer has."""
+    dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
+    width = options.full_heads[1] * options.dim
+    x, weight = (torch.randn(rows, width, device=world.device).to(dtype) for rows in (options.tokens, 2 * width))
+    step = partial(torch.nn.functional.linear, x, weight)
+    milliseconds = time_by_turns({"linear": step}, world, options.repeats, calls=4)["linear"]
+    return 4 * options.tokens * width**2 / (1e9 * milliseconds)
+
+
 def host_milliseconds(options: Options, world: World) -> dict[str, float]:
-    """Forward and backward of the mixer on few rows, with which the device is done before the host: on one rank, with
+    """Forward and backward of a layer on few rows, with which the device is done before the host: on one rank, with
     an exchange of tokens by collectives, and with states."""
     dtype = torch.bfloat16 if world.device.type == "cuda" else torch.float32
     layer = GatedDeltaNet(8, *options.full_heads, options.dim, options.dim, device=world.device, dtype=dtype)
     rows = 8 * CHUNK
-
-    def normal(width: int) -> Tensor:
-        return torch.randn(rows, width, device=world.device).to(dtype)
-
-    x, weight = normal(layer.dims.in_proj_dim).requires_grad_(), normal(options.full_heads[1] * options.dim)
+    x, weight = torch.randn(2, rows, layer.hidden_size, device=world.device).to(dtype).unbind()
+    x.requires_grad_()
     alone, whole = (ThdLayout.zigzag([0, rows * ranks], ranks, device=world.device) for ranks in (1, world.size))
     steps = {"alone": partial(step, layer, x, weight, alone, None, 1)}
     if options.full_heads[0] % world.size == 0:
@@ -154,6 +161,7 @@ def measure(options: Options, before: Machine, world: World) -> Machine:
         chain_chunk_us=1e3 * few / chunks / size,
         summary_share=max(0.0, with_laws / full - 1),
         merge_step_us=2 * 1e3 * merge_milliseconds(options, world),
+        matmul_tflops=matmul_tflops(options, world),
     )
     if world.size == 1:
         return found

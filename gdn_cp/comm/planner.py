@@ -9,10 +9,11 @@ has most to do,
     rule       the larger of all chunks of all heads at full occupancy, and the longest segment chunk by chunk, each
                with its share more where summaries are taken
     rows       the convolution and the gated norm: bytes of this rank's rows / bandwidth of memory
+    matrices   the layer's projections before and after: operations / speed of matrix products
     host       what the host needs to launch all that, during which the device may have finished: a floor
 
-and takes the smallest of max(exchange + states + rule + rows, host), the larger a2a_size of equals. The projections are
-left out. The answer depends on the arguments alone, so ranks that are given the same batch decide alike without any
+and takes the smallest of max(exchange + states + rule + rows + matrices, host), the larger a2a_size of equals. The
+answer depends on the arguments alone, so ranks that are given the same batch decide alike without any
 communication.
 
 Dimensions: P = cp_size ranks, a = a2a_size, G = P/a groups, T tokens of the batch, H, HV heads of a rank before the
@@ -88,7 +89,8 @@ class Machine:
         merge_step_us: one step of composing a chain, forward and backward together.
         state_launch_us: what the small kernels of states take whatever their size, without latencies.
         memory_gb_per_s: what the convolution and the norm read and write per second.
-        host_us: what the host takes to launch a mixer's forward and backward on one rank.
+        matmul_tflops: operations of matrix products per second, in 1e12.
+        host_us: what the host takes to launch a layer's forward and backward on one rank.
         host_exchange_us: what it takes more for an exchange of tokens.
         host_state_us: what it takes more for states and halo.
         host_composed_us: what it takes besides where chains are composed, not gathered.
@@ -108,6 +110,7 @@ class Machine:
     merge_step_us: float
     state_launch_us: float
     memory_gb_per_s: float
+    matmul_tflops: float
     host_us: float
     host_exchange_us: float
     host_state_us: float
@@ -142,13 +145,15 @@ class Prediction:
     state_us: float = 0.0
     rule_us: float = 0.0
     rows_us: float = 0.0
+    matrices_us: float = 0.0
     host_us: float = 0.0
     refusal: str | None = None
 
     @property
     def total_us(self) -> float:
-        """Exchange, states, rule and rows, one after the other, or the host if it takes longer."""
-        return max(self.exchange_us + self.state_us + self.rule_us + self.rows_us, self.host_us)
+        """All that the device does, one after the other, or the host if it takes longer."""
+        on_device = self.exchange_us + self.state_us + self.rule_us + self.rows_us + self.matrices_us
+        return max(on_device, self.host_us)
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,7 @@ def plan(
     *,
     kind: str = "zigzag",
     element_size: int = 2,
+    hidden_size: int | None = None,
     machine: str | Machine = "default",
     peers: bool = False,
 ) -> Plan:
@@ -178,6 +184,7 @@ def plan(
         dims: the heads of one tensor-parallel rank, before the exchange.
         kind: how the batch is cut: "zigzag", "contiguous" (the flat buffer), or "batched" (each sequence contiguously).
         element_size: bytes of an activation, 2 for bfloat16.
+        hidden_size: of the layer, whose projections give the host time; None: HV*V / 2, as in Qwen3-Next.
         machine: the name of a stored kind, a JSON file, or a `Machine`. Give every rank the same.
         peers: whether tokens and states move through peers' memory, if one node holds the ranks.
 
@@ -195,7 +202,8 @@ def plan(
     check_cut(_CUTS[kind], cu, ranks)
     coefficients = machine if isinstance(machine, Machine) else Machine.named(machine)
     peers = peers and ranks <= coefficients.ranks_per_node
-    model = _Model(cu, ranks, dims, _CUTS[kind], element_size, coefficients, peers)
+    hidden = dims.num_v_heads * dims.head_v_dim // 2 if hidden_size is None else read_size(hidden_size, "hidden_size")
+    model = _Model(cu, ranks, dims, _CUTS[kind], element_size, hidden, coefficients, peers)
     predictions = tuple(model.predict(a) for a in range(1, ranks + 1) if ranks % a == 0)
     best = min((p for p in predictions if p.refusal is None), key=lambda p: (p.total_us, -p.a2a_size))
     return Plan(best.a2a_size, _reason(best, predictions), predictions)
@@ -240,6 +248,7 @@ class _Model:
     dims: HeadDims
     cut: Cut
     element_size: int
+    hidden_size: int
     machine: Machine
     peers: bool
 
@@ -265,6 +274,7 @@ class _Model:
             state_us=self._state_us(at, state + halo, gathered),
             rule_us=self._rule_us(at, heads),
             rows_us=self._rows_us(),
+            matrices_us=self._matrices_us(),
             host_us=self._host_us(at, a2a_size, gathered),
         )
 
@@ -281,6 +291,13 @@ class _Model:
         values = d.num_v_heads * d.head_v_dim
         columns = 7 * (2 * d.num_k_heads * d.head_k_dim + values) + 8 * values
         return int(self.cu[-1]) // self.ranks * columns * self.element_size / (self.machine.memory_gb_per_s * 1e3)
+
+    def _matrices_us(self) -> float:
+        """To q, k, v, z, beta and alpha, and from the values back; the backward takes twice the forward."""
+        d = self.dims
+        columns = 2 * d.num_k_heads * d.head_k_dim + 3 * d.num_v_heads * d.head_v_dim + 2 * d.num_v_heads
+        operations = 6 * (int(self.cu[-1]) // self.ranks) * columns * self.hidden_size
+        return operations / (self.machine.matmul_tflops * 1e6)
 
     def _host_us(self, at: _Geometry, a2a_size: int, gathered: bool) -> float:
         m = self.machine

@@ -91,10 +91,21 @@ def test_long_sequences_take_states_and_many_short_ones_the_exchange():
 def test_few_tokens_take_what_the_host_launches_soonest():
     """Where the device is done before the host, nothing but the host's time counts."""
     machine = replace(Machine.named("h200"), host_us=1e4, host_exchange_us=1.0, host_state_us=500.0)
-    made = plan([0, 65536], 4, DIMS, machine=machine)
+    made = plan([0, 32768], 4, DIMS, machine=machine)
     assert [p.total_us for p in made.predictions] == [10500.0, 10501.0, 10001.0]
     assert made.a2a_size == 4
     assert "most is gained on host" in made.reason
+
+
+def test_projections_give_the_host_time():
+    """The same tokens in a layer of more columns: the device has work, and what the host launches last may win."""
+    machine = replace(Machine.named("h200"), host_us=1e4, host_exchange_us=1.0, host_state_us=500.0)
+    plans = [plan([0, 32768], 4, DIMS, machine=machine, hidden_size=hidden) for hidden in (2048, 16384)]
+    assert [made.a2a_size for made in plans] == [4, 1]
+    operations = 6 * 8192 * 2048 * (2 * 16 * 128 + 2 * 32 * 128 + 2 * 32 + 32 * 128)
+    for prediction in plans[0].predictions:
+        assert prediction.matrices_us == pytest.approx(operations / (machine.matmul_tflops * 1e6))
+    assert plan([0, 32768], 4, DIMS, machine=machine) == plans[0]
 
 
 def test_peers_memory_moves_the_tokens_and_states_of_one_node():
@@ -146,6 +157,7 @@ def test_same_arguments_same_plan():
     [
         ({"cu_seqlens": [0, 30]}, r"sequence 0 has length 30, not divisible by 2\*cp_size = 8"),
         ({"cu_seqlens": [0, 30], "kind": "contiguous"}, "30 tokens, not divisible by cp_size = 4"),
+        ({"hidden_size": 0}, "hidden_size: got 0; it must be at least 1"),
         ({"kind": "spiral"}, "kind: got 'spiral'; choose one of 'zigzag', 'contiguous', 'batched'"),
         (
             {"machine": "abacus"},
@@ -189,7 +201,7 @@ def test_command_without_rich(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split()[0] == "a2a_size"
     assert lines[2].split()[:2] == ["1", "<-"]
-    assert lines[3].split() == ["2", *["-"] * 10]
+    assert lines[3].split() == ["2", *["-"] * 11]
     assert "3/6 heads do not divide by 2" in lines[-1]
 
 

@@ -28,7 +28,14 @@ def planner_benchmark(rank: int, world_size: int, output: str, coefficients: str
     grid = ((256, 1, False), (128, 3, True))
     return bench_planner.main(
         bench_planner.Options(
-            output=Path(output), machine=coefficients, grid=grid, heads=(2, 4), head_dim=8, repeats=1, calls=1
+            output=Path(output),
+            machine=coefficients,
+            grid=grid,
+            heads=(2, 4),
+            head_dim=8,
+            hidden=16,
+            repeats=1,
+            calls=1,
         )
     )
 
@@ -47,7 +54,10 @@ def test_measured_coefficients_are_what_the_planner_and_its_benchmark_take(run_r
     assert run_ranks(measured_machine, 2, str(tmp_path)) == [0, 0]
     written = str(tmp_path / "tiny.json")
     found = Machine.named(written)
-    assert min(found.chunk_head_us, found.chain_chunk_us, found.link_gb_per_s, found.link_latency_us) > 0
+    assert (
+        min(found.chunk_head_us, found.chain_chunk_us, found.link_gb_per_s, found.link_latency_us, found.matmul_tflops)
+        > 0
+    )
     assert found.ranks_per_node == Machine.named("default").ranks_per_node
     assert plan([0, 4096], 2, GdnDims(2, 4, 8, 8), machine=written).a2a_size in (1, 2)
 
