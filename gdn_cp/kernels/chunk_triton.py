@@ -17,6 +17,7 @@ import os
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from gdn_cp.kernels.backends import DeltaRuleCall
@@ -31,6 +32,10 @@ from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
 from gdn_cp.launch_recording import Tensors, replayable
 
 MAX_HEAD_DIM = 256
+
+# Whether kernels read and write states [V, K] as they lie. Compiled by Triton 3.7.1, some kernel that does was seen to
+# reach foreign memory on an H200, where all with states [K, V] are right; with 3.6.0 both are.
+_READS_V_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
 
 
 def unsupported(call: DeltaRuleCall) -> str | None:
@@ -63,6 +68,16 @@ def _or_none(x: Tensor | None) -> Tensor | None:
 def _checkpoints(num_chunks: int, length: int, HV: int, K: int, V: int) -> tuple[int, ...]:
     """Shape of the states that a backward in slices of `length` chunks starts from."""
     return (-(-num_chunks // length), HV, K, V) if length else (0,)
+
+
+def _turns_states(state_v_first: bool, device: torch.device) -> bool:
+    """Whether states [V, K] are transposed outside the kernels."""
+    return state_v_first and device.type == "cuda" and not _READS_V_FIRST
+
+
+def _turned(state: Tensor | None) -> Tensor | None:
+    """[.., K, V] for [.., V, K] and the other way round, contiguous."""
+    return None if state is None else state.mT.contiguous()
 
 
 def rule_forward(
@@ -147,13 +162,17 @@ def _forward_launches(
 def _forward_op(*arguments: Any) -> tuple[Tensor, ...]:
     """`rule_forward` with empty tensors for None. Those of pieces have their rank: their number may be 0 or not where
     shapes are symbols."""
-    q, k, v, g, beta, scale, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, *flags = arguments
+    q, k, v, g, beta, scale, initial_state, output_final_state, A_log, dt_bias, cu_seqlens, *flags, v_first, cut = (
+        arguments
+    )
+    turns = _turns_states(v_first, q.device)
     with on_device(q.device):
         o, final, *kept, starts, sums = replayable(
             _forward_launches,
-            (q, k, v, g, beta, initial_state, A_log, dt_bias, cu_seqlens),
-            (scale, output_final_state, *flags),
+            (q, k, v, g, beta, _turned(initial_state) if turns else initial_state, A_log, dt_bias, cu_seqlens),
+            (scale, output_final_state, *flags, v_first and not turns, cut),
         )
+        final = _turned(final) if turns else final
     assert o is not None
     (HV, V), K = v.shape[2:], q.shape[3]
     results = (_or_empty(x, q) for x in (final, *kept))
@@ -291,10 +310,16 @@ def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, scale, initial_state, A_log, dt_bias, cu_seqlens, norm, gate, sigmoid, v_first, dh0, pieces = arguments
     q, v, sums = tensors[2], tensors[4], tensors[14]
     cut = piece_chunks(q, v, cu_seqlens, pieces) if sums.numel() else 0
-    given = (initial_state, A_log, dt_bias, cu_seqlens)
     with on_device(q.device):
-        settings = (scale, norm, gate, sigmoid, v_first, dh0, cut)
-        found = replayable(_backward_launches, (*tensors, *given), settings)
+        turns = _turns_states(v_first, q.device)
+        if turns:
+            tensors[1], initial_state = _turned(tensors[1]), _turned(initial_state)
+        settings = (scale, norm, gate, sigmoid, v_first and not turns, dh0, cut)
+        given = (initial_state, A_log, dt_bias, cu_seqlens)
+        found: Any = replayable(_backward_launches, (*tensors, *given), settings)
+    found = Gradients(*found)
+    if turns:
+        found = found._replace(dh0=_turned(found.dh0))
     *gradients, ddt_bias = (_or_empty(x, q) for x in found)
     return *gradients, ddt_bias.clone()  # the results of a custom operation must not share memory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -125,6 +126,43 @@ def _assert_close(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_gradients_equal_those_of_the_recurrence(case):
     expected = _gradients(recurrent_gated_delta_rule_reference, case, torch.float64, "cpu")
     _assert_close(_gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE), expected)
+
+
+@pytest.mark.parametrize("outputs", ["o", "state"])
+def test_states_may_be_transposed_outside_the_kernels(outputs, monkeypatch):
+    """What is done for states [V, K] where the kernels must not read them so."""
+    case = Case(T=66, V=32, v_first=True, gate="log", strength=1e-2)
+    expected = _gradients(recurrent_gated_delta_rule_reference, case, torch.float64, "cpu", outputs)
+    asked = []
+    forward, backward = chunk_triton.rule_forward, chunk_triton.chunk_gated_delta_rule_bwd
+    place = [*inspect.signature(forward).parameters].index("state_v_first")
+
+    def spy_forward(*arguments: Any) -> Any:
+        asked.append(arguments[place])
+        return forward(*arguments)
+
+    def spy_backward(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["state_v_first"])
+        return backward(*arguments, **options)
+
+    monkeypatch.setattr(chunk_triton, "rule_forward", spy_forward)
+    monkeypatch.setattr(chunk_triton, "chunk_gated_delta_rule_bwd", spy_backward)
+    monkeypatch.setattr(chunk_triton, "_turns_states", lambda state_v_first, device: state_v_first)
+    got = _gradients(chunk_gated_delta_rule_triton, case, torch.float32, DEVICE, outputs)
+    assert asked == [False, False]
+    if outputs == "state":
+        assert not got.pop("q").any()
+        expected.pop("q", None)
+    _assert_close(got, expected)
+
+
+def test_only_where_they_were_seen_to_fail(monkeypatch):
+    cuda = torch.device("cuda")
+    for reads in (True, False):
+        monkeypatch.setattr(chunk_triton, "_READS_V_FIRST", reads)
+        assert chunk_triton._turns_states(True, cuda) is not reads
+        assert not chunk_triton._turns_states(False, cuda)
+        assert not chunk_triton._turns_states(True, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("outputs", ["o", "state"])
