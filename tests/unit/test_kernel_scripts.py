@@ -100,3 +100,30 @@ def test_shell_scripts_parse_and_ask_for_a_folder(script: str):
     done = subprocess.run(["bash", f"scripts/{script}"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode != 0
     assert f"usage: scripts/{script} FOLDER" in done.stderr
+
+
+@pytest.mark.parametrize(("mode", "gpus"), [("all", 4), ("all", 1), ("ranks", 2), ("quick", 2)])
+def test_gpu_check_runs_every_step_and_names_those_that_fail(mode: str, gpus: int, tmp_path: Path):
+    """With a program for Python that says how many GPUs there are, and fails in the planner's benchmark."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/usr/bin/env bash
+        if [ "$1" = -c ]; then echo {gpus}; exit 0; fi
+        echo "$*" >> {tmp_path}/calls
+        [[ "$*" != *bench_planner* ]]""")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "scripts/gpu_check.sh", str(tmp_path / "out"), mode],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHON": str(python)},
+    )
+    calls = (tmp_path / "calls").read_text()
+    of_kernels = ["gdn_cp.doctor", "check_kernels", "bench_kernels.py chunk", "bench_kernels.py decode", "tests/gpu"]
+    of_ranks = ["-m multi_gpu", "bench_exchange", "bench_layer", "bench_planner"]
+    assert all((words in calls) == (mode != "ranks") for words in of_kernels)
+    assert all((words in calls) == (gpus > 1) for words in of_ranks)
+    assert ("bench_proxy" in calls) == (gpus > 1 and mode != "quick")
+    failed = done.stdout.splitlines()[-1].split()[1:]
+    assert [name for name in failed if name != "sanitize"] == (["planner"] if gpus > 1 else [])
+    assert done.returncode == bool(failed)
