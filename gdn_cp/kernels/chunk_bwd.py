@@ -38,6 +38,7 @@ from gdn_cp.kernels.configs import (
     capability,
     cdiv,
     dot_precision,
+    is_hopper,
     launches,
     multiprocessors,
     power_of_2,
@@ -93,8 +94,9 @@ def _shipped_config(device: torch.device, dtype: torch.dtype, K: int, V: int, wa
     half = min(32, block_v)
     # 8 warps only where products have 128 rows: one of 64 rows is laid out for 128 then, and written past its end.
     warps = 8 if K > 64 else 4
-    if capability(device) < 90:
-        return BackwardLaunch((half, 4, 2), (half, 4, 1), (half, warps, 2), (half, warps, 2))
+    if not is_hopper(device):
+        columns = 16 if K > 128 else half
+        return BackwardLaunch((columns, 4, 2), (columns, 4, 1), (half, warps, 2), (half, warps, 2))
     if K > 128:
         return BackwardLaunch((16, 4, 2), (16, 4, 2), (half, 8, 2), (half, 8, 2))
     columns = chain_columns(walks, V, multiprocessors(device))
@@ -169,6 +171,8 @@ def chunk_gated_delta_rule_bwd(
     if piece_states is not None:
         starts, sums = piece_states
         ends = piece_gradients(run.summarise(dht, state_v_first), sums, tables.pieces)
+    # For K > 128 that kernel takes more shared memory than some GPUs have.
+    refine_given = refine_given and (q.shape[3] <= 128 or is_hopper(q.device))
     given = GivenStates(initial_state, dht, state_v_first) if refine_given else None
     rows = row_sums(tables.num_chunks, HV, q.device, g is not None, beta is not None)
     for index, c0, c1 in run.bounds():

@@ -2,7 +2,8 @@
 
 Nothing is tuned while training runs and no choice depends on lengths, so that a new packed length never costs a tuning
 run and equal inputs give equal bits; a file of settings tuned beforehand may replace some (`tuned.py`). Only sm_90
-(H200) was measured. sm_80 and sm_100 follow by reasoning from their shared memory and are untested.
+(H200) was measured. Other GPUs get settings that need no bulk copies and little shared memory; a test compiles them for
+sm_80, sm_89, sm_100 and sm_120, where nothing was run.
 
 Dimensions: K key head dim, V value head dim, BV columns of the state that one program carries.
 """
@@ -64,6 +65,11 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device has the settings that were measured; any other gets those that fit everywhere."""
+    return capability(device) == 90
 
 
 def cdiv(a: int, b: int) -> int:
@@ -144,7 +150,7 @@ def chain_config(device: torch.device, dtype: torch.dtype, K: int, V: int, block
     """Settings of the forward chain for head dims K and V, at most `block_v` columns of the state per program."""
     if dtype == torch.float32:
         return ChainLaunch("ieee", block_v=16, num_warps=8 if K > 64 else 4, num_stages=1)
-    hopper = capability(device) >= 90
+    hopper = is_hopper(device)
     if K > 128:
         return ChainLaunch(block_v=16, num_stages=2 if hopper else 1, tma=hopper)
     if not hopper or K & (K - 1) or V & (V - 1):
