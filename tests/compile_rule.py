@@ -1,4 +1,4 @@
-"""Compile what the delta rule launches, forward and backward, for a GPU that need not be there.
+"""Compile what the delta rule launches, whole and in segments, both ways, for a GPU that need not be there.
 
     python -m tests.compile_rule CAPABILITY HEAD_DIM    # 80 128: prints JSON, {kernel: [bytes of shared memory, ..]}
 
@@ -39,13 +39,15 @@ class Driver:
 
 
 def compiled_for(capability: int, dim: int) -> dict[str, list[int]]:
-    """Bytes of shared memory of each kernel that heads of `dim` launch, with states in and out."""
+    """Bytes of shared memory of each kernel that heads of `dim` launch, with states in and out and between ranks."""
     driver: Any = triton.runtime.driver
     driver._active = Driver(capability)
     configs.capability = lambda device: capability  # type: ignore[assignment]
     configs.multiprocessors = lambda device: PROCESSORS  # type: ignore[assignment]
     from gdn_cp import launch
+    from gdn_cp.kernels.chunk_pieces import ENTERED, LEFT
     from gdn_cp.kernels.chunk_triton import rule_backward, rule_forward
+    from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs, begin_segment_backward
 
     launch._direct = False
     found: dict[str, list[int]] = {}
@@ -73,6 +75,17 @@ def compiled_for(capability: int, dim: int) -> dict[str, list[int]]:
     result: Any = rule_forward(*inputs, **options, output_final_state=True, intra_card=None)
     o, _, kept = result
     rule_backward(torch.zeros_like(o), states[1], *inputs, *kept, **options, need_dh0=True, piece_chunks=0)
+    tokens, switches = TokenInputs(*inputs, *of_heads), RuleOptions(backend="triton", **flags)
+    roles = torch.full((N,), ENTERED | LEFT, dtype=torch.int32)
+    segments = SegmentRule(tokens, switches, bounds, roles, (0, N), truncate=True, checked=True)
+    segments.summarise()
+    segments.run(states[0])
+    needed = (True,) * len(tokens.tensors())
+    back = begin_segment_backward(
+        tokens, switches, bounds, roles, segments.kept(), states[0], torch.zeros_like(o), needed, truncate=True
+    )
+    back.state_gradient()
+    back.finish(states[1])
     return found
 
 

@@ -233,7 +233,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m gdn_cp.kernels.compile_report", description="Compile every kernel, report."
     )
-    parser.add_argument("--arch", type=int, default=90, help="compute capability times ten (80, 90, 100); settings are those of 90")
+    parser.add_argument(
+        "--arch", type=int, default=90, help="compute capability times ten (80, 90, 100); settings are those of 90"
+    )
     parser.add_argument("--all", action="store_true", help="also the configurations that CI leaves out")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
