@@ -41,7 +41,7 @@ class Driver:
 def compiled_for(capability: int, dim: int) -> dict[str, list[int]]:
     """Bytes of shared memory of each kernel that heads of `dim` launch, with states in and out and between ranks."""
     driver: Any = triton.runtime.driver
-    driver._active = Driver(capability)
+    driver.set_active(Driver(capability))
     configs.capability = lambda device: capability  # type: ignore[assignment]
     configs.multiprocessors = lambda device: PROCESSORS  # type: ignore[assignment]
     from gdn_cp import launch
