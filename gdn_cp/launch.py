@@ -25,14 +25,14 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.configs import current_device
-from gdn_cp.launch_bare import BareLauncher, bare_launcher
+from gdn_cp.launch_bare import TRITON, BareLauncher, bare_launcher
 
-KNOWN_VERSIONS = ("3.4", "3.5", "3.6", "3.7")
+KNOWN_VERSIONS = ((3, 4), (3, 5), (3, 6), (3, 7))
 """Versions of Triton whose compiled kernels take what `run_kernel` gives them."""
 
 MAX_CLASSES = 1024  # of one kernel; more would be a leak, so all are forgotten then
 
-_direct = ".".join(triton.__version__.split(".")[:2]) in KNOWN_VERSIONS
+_direct = TRITON in KNOWN_VERSIONS
 
 
 class _Compiled(NamedTuple):

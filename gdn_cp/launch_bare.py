@@ -14,7 +14,10 @@ from typing import Any, NamedTuple
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-KNOWN_VERSIONS = ("3.5", "3.6", "3.7")
+TRITON: tuple[int, ...] = tuple(int(part) for part in triton.__version__.split(".")[:2])
+"""The version of Triton, (3, 6) for 3.6.0."""
+
+KNOWN_VERSIONS = ((3, 5), (3, 6), (3, 7))
 MAX_MAPS = 256  # of one descriptor
 
 _WRAPPED = {"launcher", "tensordesc_indices", "tensordesc_meta"}
@@ -23,7 +26,7 @@ _WRAPPED = {"launcher", "tensordesc_indices", "tensordesc_meta"}
 
 def is_known() -> bool:
     """Whether launches can be bare with this version of Triton."""
-    return ".".join(triton.__version__.split(".")[:2]) in KNOWN_VERSIONS
+    return TRITON in KNOWN_VERSIONS
 
 
 class _Address:

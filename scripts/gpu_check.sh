@@ -48,13 +48,8 @@ beside() { # likewise, beside others until `together`
 }
 together() { wait; }
 
-test_files() { "$python" -m pytest -q -p no:cacheprovider -rfE "$@"; }
-export -f test_files
-export python
 tests() { # tests NAME SECONDS ARGUMENTS...: of pytest
-  local name=$1 limit=$2
-  shift 2
-  beside "$name" "$limit" bash -c 'test_files "$@"' tests "$@"
+  beside "$1" "$2" "$python" -m pytest -q -p no:cacheprovider -rfE "${@:3}"
 }
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -74,7 +69,7 @@ kernels() {
   local rule=(tests/gpu/test_{chunk_triton_fwd,chunk_triton_bwd,launch,launch_recording_gpu,recurrent}.py)
   beside check 400 "$python" scripts/check_kernels.py --output "$out/check.json" "${check[@]}"
   tests tests_rule 300 "${rule[@]}" -m "gpu and not multi_gpu"
-  tests tests_mixer 300 tests/gpu tests/unit -m "gpu and not multi_gpu" "${rule[@]/#/--ignore=}"
+  tests tests_mixer 400 tests/gpu tests/unit -m "gpu and not multi_gpu" "${rule[@]/#/--ignore=}"
   [ "$mode" = quick ] || beside sanitize 300 bash scripts/sanitize_kernels.sh "$out"
   together
   step chunk 400 "$python" scripts/bench_kernels.py chunk --output "$out/chunk.json" "${chunk[@]}"
@@ -88,7 +83,7 @@ ranks() {
   [ "$gpus" -ge 4 ] && count=4
   local torchrun=("$python" -m torch.distributed.run --standalone --nproc-per-node "$count")
   export PYTHONPATH="$PWD/scripts:$PYTHONPATH"
-  tests tests_ranks 500 tests -m multi_gpu
+  tests tests_ranks 900 tests -m multi_gpu
   # Compiles for both layers: on a slow host longer than anything that is timed.
   beside warm_up 300 "${torchrun[@]}" scripts/bench_layer.py --cases tiny-3mixed --repeats 1 --calls 1 \
     --output "$out/warm_up.json"

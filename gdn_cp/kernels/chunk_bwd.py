@@ -312,7 +312,7 @@ class Slices:
         directions = 2 if summaries is None else 1
         run_kernel(chains_kernel, directions * tables.num_pieces * self.HV * cdiv(self.V, bv),
             self.tokens(q, self.K), self.tokens(k, self.K), self.tokens(v, bv), self.tokens(do, bv), *self.factors(),
-            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index, c1 - c0),
+            self.matrices(X, CHUNK), self.matrices(Yt, CHUNK), tables.pieces, *states, *self._carries(index, c1),
             *results, summaries, self.scale, c0, c1, tables.num_chunks, *_strides(q, k, v, do), V_FIRST=state_v_first,
             SUMMARY=summaries is not None, TRUNCATE=truncate, **options, **self.constants,
         )  # fmt: skip
@@ -359,14 +359,18 @@ class Slices:
         assert Yt is not None
         return X, Yt
 
-    def _carries(self, index: int, chunks: int) -> tuple[Tensor | None, Tensor | None]:
-        """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes."""
-        if chunks == self.tables.num_chunks:
-            return None, None
+    def _carries(self, index: int, c1: int) -> tuple[Tensor | None, Tensor | None]:
+        """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes.
+
+        Two by turns, but one of two slices: the last does not read it, the first does not write it.
+        """
+        if c1 == self.tables.num_chunks:  # the slice that is worked on first, with `index` before it
+            shape = (min(index, 2), self.HV, self.K, self.V)
+            self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device).unbind() if index else ()
         if not self.carries:
-            shape = (2, self.HV, self.K, self.V)
-            self.carries = torch.empty(shape, dtype=torch.float32, device=self.q.device).unbind()
-        return self.carries[index % 2], self.carries[(index + 1) % 2]
+            return None, None
+        count = len(self.carries)
+        return self.carries[index % count], self.carries[(index + 1) % count]
 
     def local(self, c0: int, c1: int, out: Gradients, rows: RowSums, given: GivenStates | None) -> None:
         """dq, dk of chunks c0 .. c1 - 1, and their part of `rows`, which are of all chunks; with what rounding took

@@ -17,7 +17,6 @@ import os
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from gdn_cp.kernels.backends import DeltaRuleCall
@@ -29,13 +28,14 @@ from gdn_cp.kernels.configs import cdiv, on_device
 from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.sums_triton import LaterSums
 from gdn_cp.kernels.tables import CHUNK, chunk_tables, even_rows
+from gdn_cp.launch_bare import TRITON
 from gdn_cp.launch_recording import Tensors, replayable
 
 MAX_HEAD_DIM = 256
 
 # Whether kernels read and write states [V, K] as they lie. Compiled by Triton 3.7.1, some kernel that does was seen to
 # reach foreign memory on an H200, where all with states [K, V] are right; with 3.6.0 both are.
-_READS_V_FIRST = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 7)
+_READS_V_FIRST = TRITON < (3, 7)
 
 
 def unsupported(call: DeltaRuleCall) -> str | None:
