@@ -27,6 +27,18 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gdn_cp.kernels.configs import current_device
 from gdn_cp.launch_bare import TRITON, BareLauncher, bare_launcher
 
+GLUON = TRITON in ((3, 6), (3, 7))
+"""Whether kernels in Gluon, Triton's lower language, are known to compile with this version."""
+if GLUON:
+    from triton.experimental.gluon._runtime import GluonJITFunction
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+else:  # none is made
+    GluonJITFunction = JITFunction
+    GluonDescriptor = TensorDescriptor
+
+DESCRIPTORS = (TensorDescriptor, GluonDescriptor)
+"""What describes a tensor to the bulk copy engine."""
+
 KNOWN_VERSIONS = ((3, 4), (3, 5), (3, 6), (3, 7))
 """Versions of Triton whose compiled kernels take what `run_kernel` gives them."""
 
@@ -78,13 +90,14 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
     """`kernel[(programs,)](*args, **constants)`, on the current device and stream.
 
     Args:
-        kernel: what `triton.jit` made.
+        kernel: what `triton.jit` or `gluon.jit` made.
         programs: of a one-dimensional grid.
         args: tensors, numbers, descriptors or None for the kernel's first parameters, which are no constexprs.
         constants: its constexprs, and options of the compiler (num_warps, ...), by name.
     """
     classified, recorder = None, thread.recorder
-    if _direct and kernel.__class__ is JITFunction and not kernel.pre_run_hooks and not watched():
+    known = kernel.__class__ is JITFunction or kernel.__class__ is GluonJITFunction
+    if _direct and known and not kernel.pre_run_hooks and not watched():
         classified = classify(args)
     if classified is None:
         if recorder is not None:
@@ -119,15 +132,24 @@ def run_kernel(kernel: Any, programs: int, *args: Any, **constants: Any) -> None
 
 def describe(x: Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
     """`TensorDescriptor(x, shape, strides, block)`, whose checks are made once for arguments that are alike."""
-    key = (x.dtype, *shape, *strides, *block)
+    return _describe(TensorDescriptor, x, shape, strides, block)
+
+
+def describe_gluon(x: Tensor, shape: list[int], strides: list[int], block: list[int], layout: Any) -> Any:
+    """`describe` for a kernel in Gluon, whose tiles have a `layout` in shared memory."""
+    return _describe(GluonDescriptor, x, shape, strides, block, layout)
+
+
+def _describe(kind: type[Any], x: Tensor, shape: list[int], strides: list[int], block: list[int], *layout: Any) -> Any:
+    key = (kind, x.dtype, *shape, *strides, *block, *layout)
     checked = _described.get(key)
     if checked is None or x.data_ptr() & 15:
         if len(_described) >= MAX_CLASSES:
             _described.clear()
-        made = TensorDescriptor(x, shape, strides, block)
+        made = kind(x, shape, strides, block, *layout)
         _described[key] = {name: value for name, value in vars(made).items() if name != "base"}
         return made
-    made = object.__new__(TensorDescriptor)
+    made = object.__new__(kind)
     fields = vars(made)
     fields.update(checked)
     fields["base"] = x
@@ -154,6 +176,8 @@ def classify(args: tuple[Any, ...]) -> tuple[list[Any], list[Any]] | None:
             add(not x & 15 if 1 < x < 2147483648 else (x,))
         elif kind is TensorDescriptor:
             add((x.base.dtype, *x.block_shape))
+        elif kind is GluonDescriptor:
+            add((x.base.dtype, *x.block_shape, x.layout))
         elif x is None or kind is float:
             add(kind)
         else:

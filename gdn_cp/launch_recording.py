@@ -28,11 +28,10 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.tuned import LAUNCHES_VARIABLE
-from gdn_cp.launch import thread, watched
+from gdn_cp.launch import DESCRIPTORS, thread, watched
 from gdn_cp.launch_bare import BareLauncher, MapsOf
 from gdn_cp.memory_plan import Lifetime, place_blocks
 
@@ -189,7 +188,7 @@ class Recorder(TorchDispatchMode):
         flat, begins, maps = bare.unfold(values)
         addresses, described = [], []
         for index, x in enumerate(args):
-            of = x.base if isinstance(x, TensorDescriptor) else x
+            of = x.base if isinstance(x, DESCRIPTORS) else x
             if not isinstance(of, Tensor) or not of.numel():
                 continue
             place = self._find(of.data_ptr())

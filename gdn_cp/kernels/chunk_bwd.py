@@ -46,7 +46,7 @@ from gdn_cp.kernels.configs import (
 from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 from gdn_cp.kernels.tuned import tuned_launches
-from gdn_cp.launch import describe, run_kernel
+from gdn_cp.launch import GLUON, describe, run_kernel
 
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
@@ -174,12 +174,14 @@ def chunk_gated_delta_rule_bwd(
     # For K > 128 that kernel takes more shared memory than some GPUs have.
     refine_given = refine_given and (q.shape[3] <= 128 or is_hopper(q.device))
     given = GivenStates(initial_state, dht, state_v_first) if refine_given else None
-    rows = row_sums(tables.num_chunks, HV, q.device, g is not None, beta is not None)
+    fused = run.can_fuse(out, given)
+    parts_of_dots = CHUNK if fused else 1
+    rows = row_sums(tables.num_chunks, HV, q.device, g is not None, beta is not None, parts_of_dots)
     for index, c0, c1 in run.bounds():
         checkpoint = None if checkpoints is None else checkpoints[index]
         run.chains(index, c0, c1, initial_state, dht, checkpoint, starts, ends, out, state_v_first)
         if c1 > c0:
-            run.local(c0, c1, out, rows, given)
+            run.local(c0, c1, out, rows, given, fused)
     row_gradients(
         rows, prepared.bt, g, dense(A_log), dense(dt_bias), tables.chunks, out.dg, out.dbeta, parts,
         sigmoid=use_beta_sigmoid_in_kernel, least=least_beta(q.dtype),
@@ -372,13 +374,40 @@ class Slices:
         count = len(self.carries)
         return self.carries[index % count], self.carries[(index + 1) % count]
 
-    def local(self, c0: int, c1: int, out: Gradients, rows: RowSums, given: GivenStates | None) -> None:
+    def can_fuse(self, out: Gradients, given: GivenStates | None) -> bool:
+        """Whether all that is local to a chunk can be one kernel's: on Hopper, where head dims, types and strides are
+        those that it is written for, nobody has tuned the others, and none of what they hand on is asked for."""
+        device = self.q.device
+        if self.K != 128 or self.V != 128 or not self.tma or not GLUON:
+            return False
+        if device.type != "cuda" or not is_hopper(device):  # Triton's interpreter knows nothing of Gluon
+            return False
+        if given is not None and given.rounded_for(self.q.dtype):
+            return False
+        tuned = tuned_launches(90, self.q.dtype, self.K)
+        return not {"scores", "dq", "dk"} & tuned.keys() and bulk_copy_fits(out.dq, out.dk)
+
+    def local(self, c0: int, c1: int, out: Gradients, rows: RowSums, given: GivenStates | None, fused: bool) -> None:
         """dq, dk of chunks c0 .. c1 - 1, and their part of `rows`, which are of all chunks; with what rounding took
-        from states that are `given`."""
-        q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
+        from states that are `given`. `fused`: by one kernel, see `can_fuse`."""
         assert self.h is not None
         assert self.dh is not None
         assert self.M is not None
+        if fused:
+            from gdn_cp.kernels.chunk_bwd_fused import local_gradients  # which other versions of Triton do not know
+
+            q, k, v, do, factors, chunks = self.q, self.k, self.v, self.do, self.factors(), self.tables.chunks
+            states = self.h, self.dh, self.M, self.prepared.Ag
+            local_gradients(q, k, v, do, *states, factors, chunks, out.dq, out.dk, rows, self.scale, c0, c1)
+        else:
+            self._local(c0, c1, out, rows, given)
+        if c0 == self.prepared_slice[0]:  # slices come last first
+            self.products, self.prepared_slice = None, (0, 0)
+
+    def _local(self, c0: int, c1: int, out: Gradients, rows: RowSums, given: GivenStates | None) -> None:
+        q, k, do, chunks = self.q, self.k, self.do, self.tables.chunks
+        assert self.h is not None
+        assert self.dh is not None
         U, D, F = self._scores(c0, c1)
         bv, options = launch_options(self.config.scores)
         M = self.matrices(self.M, bv)
@@ -400,8 +429,6 @@ class Slices:
             q, k, self.tokens(do, bv), self.prepared.G, self.prepared.rq, self.matrices(self.h, bv), chunks, D,
             out.dq, rows.q_dots, self.scale, c0, *_strides(q, k, do, out.dq), **options, **self.constants,
         )  # fmt: skip
-        if c0 == self.prepared_slice[0]:  # slices come last first
-            self.products, self.prepared_slice = None, (0, 0)
 
     def put_back(self, c0: int, c1: int, U: Tensor, rows: RowSums, given: GivenStates) -> None:
         """Add to `rows` what rounding took from given states. After the sums of dk_kernel, and before q may go."""

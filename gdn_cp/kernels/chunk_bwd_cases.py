@@ -11,6 +11,7 @@ from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
 from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
 from gdn_cp.kernels.configs import dot_precision
 from gdn_cp.kernels.tables import CHUNK
+from gdn_cp.launch import GLUON
 
 if TYPE_CHECKING:
     from gdn_cp.kernels.compile_report import CompileCase
@@ -22,7 +23,7 @@ def compile_cases() -> list[CompileCase]:
     for dim, main in ((128, True), (64, True), (256, False)):
         cases += _cases(dim, backward_config(torch.device("meta"), torch.bfloat16, dim, dim, 32), main)
     narrow = backward_config(torch.device("meta"), torch.bfloat16, 128, 128, 32)._replace(chains=(16, 4, 3))
-    return [*cases, *_cases(128, narrow, True)[:2]]
+    return [*cases, *_cases(128, narrow, True)[:2], *_fused_cases()]
 
 
 def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
@@ -73,3 +74,35 @@ def _cases(dim: int, launch: BackwardLaunch, main: bool) -> list[CompileCase]:
             )
         )
     return cases
+
+
+def _fused_cases() -> list[CompileCase]:
+    """The kernel in Gluon at Qwen3-Next's heads in bfloat16, where this version of Triton compiles it."""
+    from gdn_cp.kernels.compile_report import CompileCase
+
+    if not GLUON:
+        return []
+    from gdn_cp.kernels.chunk_bwd_fused import DIM, FETCHING_REGISTERS, WARPS, fused_kernel, tile_layout
+
+    types = dict.fromkeys(("G", "bt", "rq", "rk", "dG", "db", "q_dots", "k_dots", "state_dots"), "*fp32")
+    types |= {"chunks": "*i32", "scale": "fp32", "dq": "*bf16", "dk": "*bf16"}
+    types |= dict.fromkeys(("c0", "items", "stride_dt", "stride_dh"), "i32")
+    tile, state = (CHUNK, DIM), (DIM, DIM)
+    blocks = dict.fromkeys(("q", "k", "v", "do", "M", "dq_out", "dk_out"), tile) | {"h": state, "dh": state}
+    for name, block in (blocks | {"Ag": (CHUNK, CHUNK)}).items():
+        types[name] = f"tensordesc<bf16{[*block]},{tile_layout(block, torch.bfloat16)!r}>"
+    constants = {
+        "H": 16, "HV": 32, "D": DIM, "C": CHUNK, "LEAST_BETA": 2.0**-60, "PROGRAMS": 132,
+        "REGISTERS": FETCHING_REGISTERS, "num_warps": WARPS,
+    }  # fmt: skip
+    return [
+        CompileCase(
+            name=f"chunk_bwd.fused/bf16/K{DIM}",
+            kernel=fused_kernel,
+            signature=types,
+            constexprs=constants,
+            num_warps=WARPS,
+            divisible=("stride_dt", "stride_dh"),
+            spills_allowed=True,  # four registers of the loop over items wait in memory during the loop inside it
+        )
+    ]

@@ -6,7 +6,8 @@
     dG    = dG' + q_dots - k_dots,    dG_C += state_dots + sum of k_dots,    dg_t = sum of dG_i over i >= t
 
 where q_dots = Q . (scale gamma dO S^T), k_dots = K . (Z + S W^T), state_dots = lam <S, dS+>, and dG' and db are what
-`scores_kernel` knows; share is that of the second form of dbeta (`second_share`).
+`scores_kernel` knows; share is that of the second form of dbeta (`second_share`). `chunk_bwd_fused` leaves state_dots
+in C parts that add up to it, with the part of dG' that belongs to the last row.
 
 Dimensions: T tokens, HV value heads, C = 64 rows of a chunk, NT chunks (bound).
 """
@@ -39,7 +40,8 @@ def second_share(beta, LEAST_BETA: tl.constexpr):
 
 
 class RowSums(NamedTuple):
-    """What the kernels of all slices leave: [NT, HV, C] float32 each, state_dots [NT, HV]; None what nobody needs."""
+    """What the kernels of all slices leave: [NT, HV, C] float32 each, state_dots [NT, HV, 1 or C]; None what nobody
+    needs."""
 
     dG: Tensor | None  # noqa: N815
     db: Tensor | None
@@ -48,10 +50,10 @@ class RowSums(NamedTuple):
     state_dots: Tensor | None
 
 
-def row_sums(num_chunks: int, HV: int, device: torch.device, gate: bool, beta: bool) -> RowSums:
-    """Empty sums for the gradients of the gate and of beta, those that are wanted."""
+def row_sums(num_chunks: int, HV: int, device: torch.device, gate: bool, beta: bool, parts: int) -> RowSums:
+    """Empty sums for the gradients of the gate and of beta, those that are wanted; state_dots in so many parts."""
     dG, db, q_dots, k_dots = torch.empty(4, num_chunks, HV, CHUNK, dtype=torch.float32, device=device)
-    state_dots = torch.empty(num_chunks, HV, dtype=torch.float32, device=device)
+    state_dots = torch.empty(num_chunks, HV, parts, dtype=torch.float32, device=device)
     either = gate or beta
     wanted = (gate, beta, gate, either, either)
     return RowSums(*(x if flag else None for x, flag in zip((dG, db, q_dots, k_dots, state_dots), wanted, strict=True)))
@@ -65,7 +67,8 @@ def least_beta(dtype: torch.dtype) -> float:
 @triton.jit
 def row_gradients_kernel(
     dG, db, q_dots, k_dots, state_dots, bt, g, A_log, dt_bias, chunks, dg, dbeta, parts, stride_gt, stride_gh,
-    HV: tl.constexpr, C: tl.constexpr, LEAST_BETA: tl.constexpr, GATE: tl.constexpr, SIGMOID: tl.constexpr,
+    HV: tl.constexpr, C: tl.constexpr, PARTS: tl.constexpr, LEAST_BETA: tl.constexpr, GATE: tl.constexpr,
+    SIGMOID: tl.constexpr,
 ):  # fmt: skip
     """One program: chunk id // HV and value head id % HV; what is one number to a row.
 
@@ -90,7 +93,8 @@ def row_gradients_kernel(
         # dG_C is in the last of the C rows also where the sequence ends earlier.
         dG_i = tl.load(dG + own * C + i_c, mask=n_rows > 0, other=0.0) - k_dot
         dG_i += tl.load(q_dots + own * C + i_c, mask=valid, other=0.0)
-        from_last = tl.load(state_dots + own, mask=n_rows > 0, other=0.0) + tl.sum(k_dot, 0)
+        dots = tl.load(state_dots + own * PARTS + tl.arange(0, PARTS), mask=n_rows > 0, other=0.0)
+        from_last = tl.sum(dots, 0) + tl.sum(k_dot, 0)
         dG_i += tl.where(i_c == C - 1, from_last, 0.0)
         dg_i = tl.where(valid, tl.cumsum(dG_i, 0, reverse=True), 0.0)
         if GATE:
@@ -120,13 +124,14 @@ def row_gradients(
         sigmoid: whether beta was given before the sigmoid.
         least: see `least_beta`.
     """
-    if sums.k_dots is None or not sums.k_dots.shape[0]:
+    if sums.k_dots is None or sums.state_dots is None or not sums.k_dots.shape[0]:
         return
     num_chunks, HV = sums.k_dots.shape[:2]
     strides = (0, 0) if g is None else (g.stride(1), g.stride(2))
     run_kernel(row_gradients_kernel, num_chunks * HV,
         *sums, bt, g, A_log, dt_bias, chunks, dg, dbeta, parts, *strides,
-        HV=HV, C=CHUNK, LEAST_BETA=least, GATE=parts is not None, SIGMOID=sigmoid, num_warps=1,
+        HV=HV, C=CHUNK, PARTS=sums.state_dots.shape[2], LEAST_BETA=least, GATE=parts is not None, SIGMOID=sigmoid,
+        num_warps=1,
     )  # fmt: skip
 
 
@@ -135,6 +140,8 @@ def compile_cases() -> list[CompileCase]:
     from gdn_cp.kernels.compile_report import CompileCase
 
     types = dict.fromkeys(("g", "dg", "dbeta"), "*bf16") | {"chunks": "*i32", "stride_gt": "i32"}
-    constants = {"HV": 32, "C": CHUNK, "LEAST_BETA": 2.0**-60, "GATE": True, "SIGMOID": True, "stride_gh": 1}
+    constants = {
+        "HV": 32, "C": CHUNK, "PARTS": CHUNK, "LEAST_BETA": 2.0**-60, "GATE": True, "SIGMOID": True, "stride_gh": 1,
+    }  # fmt: skip
     signature = {n: types.get(n, "*fp32") for n in row_gradients_kernel.arg_names if n not in constants}
     return [CompileCase("chunk_bwd_rows/bf16", row_gradients_kernel, signature, constants, num_warps=1)]

@@ -152,7 +152,12 @@ def compile_kernel(case: CompileCase, arch: int) -> Any:
         raise ValueError(f"compile case lacks {missing} and has unknown {unknown}")
     signature = {name: case.signature.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in case.divisible]
-    source = ASTSource(
+    make_source = ASTSource
+    if getattr(case.kernel, "is_gluon", bool)():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        make_source = GluonASTSource
+    source = make_source(
         case.kernel, signature, dict(case.constexprs), {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     options: dict[str, Any] = {

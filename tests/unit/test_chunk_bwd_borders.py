@@ -71,7 +71,7 @@ def test_sums_become_those_of_the_states_as_given(first, last, v_first, norm, pi
             d_inner[c - c0] = dht[n] if ends and last else d_inner[c - c0].bfloat16()
     W, U = (_random(c1 - c0, HV, CHUNK, V, seed=s).bfloat16() for s in (10, 11))
     run.h, run.dh, run.M = inner.bfloat16().float(), d_inner.bfloat16().float(), W.float()
-    rows = row_sums(len(tables.chunks), HV, q.device, True, True)
+    rows = row_sums(len(tables.chunks), HV, q.device, True, True, 1)
     for sums in (rows.dG, rows.k_dots, rows.state_dots):
         assert sums is not None
         sums.fill_(3.0)

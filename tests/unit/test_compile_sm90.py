@@ -82,7 +82,7 @@ def test_every_kernel_compiles_for_sm90_and_keeps_the_rules(tmp_path: Path, caps
 def test_every_file_with_kernels_is_covered_by_compile_cases():
     with_kernels = []
     for path in sorted((ROOT / "gdn_cp").rglob("*.py")):
-        if re.search(r"^@triton\.jit", path.read_text(), re.MULTILINE):
+        if re.search(r"^@(triton|gluon)\.jit", path.read_text(), re.MULTILINE):
             with_kernels.append(".".join(("gdn_cp", *path.relative_to(ROOT / "gdn_cp").with_suffix("").parts)))
     assert with_kernels
     covered = {case.kernel.fn.__module__ for _, _, case in compile_report.collect_cases(everything=True)}
