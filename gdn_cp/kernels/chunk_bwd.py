@@ -282,7 +282,11 @@ class Slices:
         """
         shape = (max(self.tables.num_pieces, rows), self.HV, self.K, self.V)
         summaries = torch.empty(shape, dtype=torch.float32, device=self.q.device) if out is None else out
-        size = summary_chunks(self.tables.num_chunks, self.HV, self.K, self.q.element_size())
+        size = self.tables.num_chunks
+        if roles is None:
+            size = summary_chunks(size, self.HV, self.K, self.q.element_size())
+        # Else the gradients of k and v have no memory yet, of which the products of all chunks take as much: so heads
+        # that forget slowly are walked in all segments at once.
         for index, c0, c1 in self.bounds(size):
             absent = [None] * 3  # states of the forward
             self._walk(index, c0, c1, (roles, *absent, dht, None), (None,) * 5, summaries, state_v_first, truncate)

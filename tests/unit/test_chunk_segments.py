@@ -75,7 +75,6 @@ def test_output_and_gradients_are_those_of_whole_sequences(chains, pieces):
 
 def test_slices_of_the_backward_cut_through_segments(monkeypatch):
     monkeypatch.setattr(chunk_segments, "slice_chunks", lambda *_: 2)
-    monkeypatch.setattr(chunk_bwd, "summary_chunks", lambda *_: 2)
     chains, inputs = ((30,), (65, 130)), make_inputs(225, HV=1)
     assert_equal_to_recurrence(inputs, chains, replace(OPTIONS, intra_card=1))
     assert_equal_to_recurrence(inputs, chains, OPTIONS)
@@ -87,7 +86,6 @@ def test_truncated_maps_are_zero_and_walks_begin_where_nothing_before_counts(pie
     sum of all |v| (of all scale |dO| for gradients), since keys and queries have length one and beta is below one."""
     if slices:  # whose products are made for the summary alone, and only where it goes
         monkeypatch.setattr(chunk_segments, "slice_chunks", lambda *_: 4)
-        monkeypatch.setattr(chunk_bwd, "summary_chunks", lambda *_: 4)
     chains, options = ((320, 320, 320),), replace(OPTIONS, intra_card=pieces)
     inputs = make_inputs(960, H=2, HV=4)
     inputs = replace(inputs, A_log=torch.tensor([-12.0, -2.5, -1.0, 3.0], device=DEVICE))
