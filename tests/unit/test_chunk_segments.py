@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import chunk_bwd, chunk_segments
+from gdn_cp.kernels import chunk_segments
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 from gdn_cp.kernels.segments import (
     TRUNCATION_THRESHOLD,
