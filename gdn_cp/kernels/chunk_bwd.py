@@ -46,7 +46,11 @@ from gdn_cp.kernels.configs import (
 from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
 from gdn_cp.kernels.tuned import tuned_launches
-from gdn_cp.launch import GLUON, describe, run_kernel
+from gdn_cp.launch import describe, run_kernel
+from gdn_cp.launch_bare import TRITON
+
+FUSED_VERSIONS = ((3, 6),)
+"""Versions of Triton with which `chunk_bwd_fused` was run on a GPU; 3.7 compiles it too."""
 
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
@@ -380,16 +384,15 @@ class Slices:
 
     def can_fuse(self, out: Gradients, given: GivenStates | None) -> bool:
         """Whether all that is local to a chunk can be one kernel's: on Hopper, where head dims, types and strides are
-        those that it is written for, nobody has tuned the others, and none of what they hand on is asked for."""
+        those that it is written for, and none of what the three kernels hand on is asked for."""
         device = self.q.device
-        if self.K != 128 or self.V != 128 or not self.tma or not GLUON:
+        if self.K != 128 or self.V != 128 or not self.tma or TRITON not in FUSED_VERSIONS:
             return False
         if device.type != "cuda" or not is_hopper(device):  # Triton's interpreter knows nothing of Gluon
             return False
         if given is not None and given.rounded_for(self.q.dtype):
             return False
-        tuned = tuned_launches(90, self.q.dtype, self.K)
-        return not {"scores", "dq", "dk"} & tuned.keys() and bulk_copy_fits(out.dq, out.dk)
+        return bulk_copy_fits(out.dq, out.dk)
 
     def local(self, c0: int, c1: int, out: Gradients, rows: RowSums, given: GivenStates | None, fused: bool) -> None:
         """dq, dk of chunks c0 .. c1 - 1, and their part of `rows`, which are of all chunks; with what rounding took

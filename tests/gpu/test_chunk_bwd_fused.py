@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gdn_cp import launch_recording
 from gdn_cp.kernels import bwd_slices
-from gdn_cp.kernels.chunk_bwd import Slices
+from gdn_cp.kernels.chunk_bwd import FUSED_VERSIONS, Slices
 from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
 from gdn_cp.kernels.reference import chunk_gated_delta_rule_reference
-from gdn_cp.launch import GLUON
+from gdn_cp.launch_bare import TRITON
 
 pytestmark = pytest.mark.gpu
 ROUNDINGS = 5
@@ -23,8 +23,8 @@ RAGGED = [0, 0, 1, 64, 129, 300, 300, 1111]
 
 @pytest.fixture(autouse=True)
 def hopper():
-    if not GLUON or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel is for Hopper, and Triton 3.6 and 3.7")
+    if TRITON not in FUSED_VERSIONS or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip(f"the kernel is for Hopper and Triton {FUSED_VERSIONS}, this is {TRITON}")
     launch_recording._recordings.clear()
     yield
     launch_recording._recordings.clear()  # of launches in one of two ways
