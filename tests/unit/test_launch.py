@@ -99,6 +99,17 @@ def descriptors() -> st.SearchStrategy[TensorDescriptor]:
     return st.builds(lambda d, block: TensorDescriptor(MEMORY.view(d), [4, 16], [16, 1], block), dtypes, blocks)
 
 
+def gluon_descriptors() -> st.SearchStrategy[Any]:
+    """Of one block in a few layouts, where this version of Triton has them."""
+    if not launch.GLUON:
+        return st.nothing()
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
+    layouts = [NVMMASharedLayout(width, 16, 2) for width in (32, 64, 128)]
+    x = MEMORY.view(torch.bfloat16)
+    return st.sampled_from(layouts).map(lambda layout: launch.describe_gluon(x, [4, 64], [64, 1], [8, 64], layout))
+
+
 def numbers() -> st.SearchStrategy[Any]:
     """Ints around every boundary of Triton's classes, and floats that equal some of them."""
     edges = (-(2**31) - 1, -(2**31), -16, -1, 0, 1, 2, 15, 16, 17, 32, 2**31 - 1, 2**31, 2**31 + 16, 2**40, 2**63 - 1)
@@ -112,7 +123,7 @@ def specialisation(args: tuple[Any, ...], **params: Any) -> Any:
     return bind(*args, SIZE=8)[1]
 
 
-ARGUMENTS = st.tuples(*[st.one_of(tensors(), numbers(), descriptors())] * 3)
+ARGUMENTS = st.tuples(*[st.one_of(tensors(), numbers(), descriptors(), gluon_descriptors())] * 3)
 
 
 @given(ARGUMENTS, ARGUMENTS, st.booleans())

@@ -23,7 +23,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from gdn_cp import launch, launch_bare, launch_recording
 from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.tuned import LAUNCHES_VARIABLE
-from gdn_cp.launch import run_kernel, thread
+from gdn_cp.launch import DESCRIPTORS, GLUON, describe_gluon, run_kernel, thread
 from gdn_cp.launch_bare import BareLauncher, MapsOf
 from gdn_cp.launch_recording import Recording, Tensors, replayable
 
@@ -86,9 +86,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launch_bare, "MapsOf", FakeMaps)
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, OFFSET: int, **_: Any) -> Any:
-        addresses = [(x.base if isinstance(x, TensorDescriptor) else x) for x in args]
+        addresses = [(x.base if isinstance(x, DESCRIPTORS) else x) for x in args]
         run_add(grid[0], *[x.data_ptr() if isinstance(x, Tensor) else x for x in addresses], OFFSET)
-        kinds = tuple((i, None) for i, x in enumerate(args) if isinstance(x, TensorDescriptor))[::-1]
+        kinds = tuple((i, None) for i, x in enumerate(args) if isinstance(x, DESCRIPTORS))[::-1]
         return SimpleNamespace(run=Wrapper(), function=1, packed_metadata=2, kinds=kinds)
 
     def bare(compiled: Any) -> BareLauncher:
@@ -153,19 +153,30 @@ def test_replayed_launches_give_what_the_function_gives():
         launch_recording._recordings.clear()
 
 
-def described(x: Tensor, y: Tensor, absent: None) -> Tensors:
+def described(x: Tensor, y: Tensor, absent: None, gluon: bool) -> Tensors:
     """Views of inputs and of temporary memory, some of them behind descriptors."""
     assert absent is None
     made = add(x, None, torch.empty(4, 8))
     map_of = partial(TensorDescriptor, shape=[2, 8], strides=[8, 1], block_shape=[2, 8])
+    if gluon:
+        from triton.experimental.gluon.language import NVMMASharedLayout
+
+        map_of = partial(map_of_gluon, layout=NVMMASharedLayout(32, 32, 2))
     out = torch.empty(2, 2, 8)
     run_kernel(ADD, 2, made[2:], map_of(y[2:]), map_of(out[1]), 16, 2.0, OFFSET=0, num_warps=4)
     run_kernel(ADD, 2, x[1:], map_of(made), out[0], 16, 1.0, OFFSET=0, num_warps=4)
     return (out,)
 
 
-def test_views_and_descriptors_are_followed():
-    check(described, lambda x, y: (torch.stack((x[1:3] + x[:2], x[2:] + 2 * y[2:])),))
+def map_of_gluon(x: Tensor, layout: Any) -> Any:
+    return describe_gluon(x, [2, 8], [8, 1], [2, 8], layout)
+
+
+@pytest.mark.parametrize("gluon", [False, True])
+def test_views_and_descriptors_are_followed(gluon):
+    if gluon and not GLUON:
+        pytest.skip("this version of Triton has no descriptors of Gluon's")
+    check(described, lambda x, y, gluon: (torch.stack((x[1:3] + x[:2], x[2:] + 2 * y[2:])),), gluon)
 
 
 def transposed(x: Tensor, y: Tensor, absent: None) -> Tensors:
