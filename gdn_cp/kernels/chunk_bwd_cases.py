@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gdn_cp.kernels.chunk_bwd import BackwardLaunch, backward_config, launch_options
 from gdn_cp.kernels.chunk_bwd_chains import chains_kernel
+from gdn_cp.kernels.chunk_bwd_config import BackwardLaunch, backward_config, launch_options
 from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
 from gdn_cp.kernels.configs import dot_precision
 from gdn_cp.kernels.tables import CHUNK
@@ -82,7 +82,8 @@ def _fused_cases() -> list[CompileCase]:
 
     if not GLUON:
         return []
-    from gdn_cp.kernels.chunk_bwd_fused import DIM, FETCHING_REGISTERS, WARPS, fused_kernel, tile_layout
+    from gdn_cp.kernels.chunk_bwd_fused import DIM, FETCHING_REGISTERS, WARPS, tile_layout
+    from gdn_cp.kernels.chunk_bwd_fused_kernel import fused_kernel
 
     types = dict.fromkeys(("G", "bt", "rq", "rk", "dG", "db", "q_dots", "k_dots", "state_dots"), "*fp32")
     types |= {"chunks": "*i32", "scale": "fp32", "dq": "*bf16", "dk": "*bf16"}

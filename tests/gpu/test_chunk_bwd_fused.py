@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gdn_cp import launch_recording
 from gdn_cp.kernels import bwd_slices
-from gdn_cp.kernels.chunk_bwd import FUSED_VERSIONS, Slices
+from gdn_cp.kernels.chunk_bwd import Slices
+from gdn_cp.kernels.chunk_bwd_config import FUSED_VERSIONS
 from gdn_cp.kernels.chunk_triton import chunk_gated_delta_rule_triton
 from gdn_cp.kernels.reference import chunk_gated_delta_rule_reference
 from gdn_cp.launch_bare import TRITON

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from gdn_cp.kernels.chunk_bwd import backward_config
+from gdn_cp.kernels.chunk_bwd_config import backward_config
 from gdn_cp.kernels.configs import prepare_config
 from gdn_cp.kernels.tuned import LAUNCHES_VARIABLE, SETTINGS, read_launch, tuned_launches
 
