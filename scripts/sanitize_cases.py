@@ -1,7 +1,8 @@
 """The kernels on a few tiny problems, for compute-sanitizer: see sanitize_kernels.sh.
 
 Each kind of kernel runs at least once: forward and backward of the delta rule over packed sequences with tails and an
-empty one, with states and raw gates; decode from both kinds of bank; the gate alone; the packed convolution.
+empty one, with raw gates, with given states and without (the backward has kernels for each); decode from both kinds of
+bank; the gate alone; the packed convolution.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ def main() -> int:
     """Run everything once and compare with float64; 1 if a result is wrong."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, float] = {}
-    case = Case("packed", sum(LENGTHS), heads=(1, 2), lengths=LENGTHS, state_in=True, state_out=True)
-    inputs, cu_seqlens = make_inputs(case, device), case.cu_seqlens(device)
-    results = run_with_gradients(ours().call, inputs, case, cu_seqlens)
-    found |= errors(results, oracle(inputs, case, cu_seqlens), inputs)
+    for states in (True, False):
+        name = "given states" if states else "packed"
+        case = Case(name, sum(LENGTHS), heads=(1, 2), lengths=LENGTHS, state_in=states, state_out=states)
+        inputs, cu_seqlens = make_inputs(case, device), case.cu_seqlens(device)
+        results = run_with_gradients(ours().call, inputs, case, cu_seqlens)
+        expected = oracle(inputs, case, cu_seqlens)
+        found |= {f"{name} {x}": error for x, error in errors(results, expected, inputs).items()}
     for dtype in (torch.float32, torch.bfloat16):
         for v_first in (False, True):
             problem = make_problem(2, (1, 2), 128, dtype, v_first)
