@@ -99,7 +99,8 @@ def test_gradients_against_float64(T, H, HV, cu, dtype, norm, fused):
 
 @pytest.mark.parametrize(("T", "H", "HV", "cu"), [(5000, 16, 32, None), (1111, 1, 8, RAGGED)])
 def test_as_the_three_kernels(T, H, HV, cu, monkeypatch):
-    """dg and dbeta, which are float32, are equal but for the order of sums; dq and dk but for single roundings."""
+    """dg, which is float32, is equal but for the order of sums; dq and dk but for single roundings, and dbeta but for
+    those of U, which half of it divides by beta."""
     inputs, weight = make_inputs(T, H, HV, torch.bfloat16)
     got = gradients(chunk_gated_delta_rule_triton, inputs, weight, cu)
     monkeypatch.setattr(Slices, "can_fuse", lambda *_: False)
@@ -108,8 +109,8 @@ def test_as_the_three_kernels(T, H, HV, cu, monkeypatch):
         got, {n: x.double() for n, x in gradients(chunk_gated_delta_rule_triton, inputs, weight, cu).items()}
     )
     assert found["v"] == 0
-    assert max(found["g"], found["beta"]) < 1e-5, found
-    assert max(found["q"], found["k"]) < 1e-3, found
+    assert found["g"] < 1e-5, found
+    assert max(found[name] for name in ("q", "k", "beta")) < 1e-3, found
 
 
 def test_slices_against_float64(monkeypatch, fused):

@@ -126,7 +126,8 @@ def test_a_replay_needs_no_more_memory_than_a_call(monkeypatch):
 
     for _ in range(3):
         mixer_step(module, layout, 0)
-    assert peak() <= 1.002 * plain(peak, monkeypatch)  # blocks are rounded up in one case and not in the other
+    rest = 2**20  # of a block, up to which the allocator does not cut it off: a replay's blocks lie otherwise
+    assert peak() <= plain(peak, monkeypatch) + 2 * rest
 
 
 def test_replays_are_captured_and_follow_streams():
