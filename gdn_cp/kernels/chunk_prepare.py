@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn_cp.kernels.activations_triton import exp
 from gdn_cp.kernels.configs import Launch, launches, options, power_of_2, prepare_config
 from gdn_cp.kernels.decay_triton import first_end
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
@@ -72,26 +73,42 @@ def _decayed(kk, beta, rk_i, rk_j, G_i, G_j, DIAGONAL: tl.constexpr):
         rows = tl.arange(0, 16)
         lower = rows[:, None] > rows[None, :]
         difference = tl.where(lower, difference, float("-inf"))
-    return kk * (beta * rk_i)[:, None] * rk_j[None, :] * tl.exp(difference)
+    return kk * (beta * rk_i)[:, None] * rk_j[None, :] * exp(difference)
 
 
 @triton.jit
-def _invert_unit_lower(N0, N1, N2, N3):
-    """(I + N)^-1 of four strictly lower 16 x 16 blocks: column j goes by subtracting N[:, j] times the finished row j.
+def _invert_unit_lower(scratch, N0, N1, N2, N3):
+    """(I + N)^-1 of four strictly lower 16 x 16 blocks, row by row from above: A_i = I_i - sum over m < i of N_im A_m.
 
-    The four are joined into one tensor [16, 16, 2, 2], so that their chains of dependent steps run side by side.
+    A lane holds two columns of a block, all rows of them, and each N_im is the same for all columns: no step waits for
+    other lanes. On the way to this layout and back the blocks lie in `scratch`, float32 [2048], in the cache.
     """
-    N = tl.join(tl.join(N0, N2), tl.join(N1, N3))
-    rows = tl.arange(0, 16)[:, None, None, None]
-    columns = tl.arange(0, 16)[None, :, None, None]
-    A = tl.zeros_like(N) + tl.where(rows == columns, 1.0, 0.0)
-    for j in tl.static_range(0, 15):
-        column = tl.sum(tl.where(columns == j, N, 0.0), 1)
-        row = tl.sum(tl.where(rows == j, A, 0.0), 0)
-        A -= column[:, None, :, :] * row[None, :, :, :]
-    even, odd = tl.split(A)
-    A0, A2 = tl.split(even)
-    A1, A3 = tl.split(odd)
+    i, j = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    at = scratch + i * 16 + j
+    tl.store(at, N0)
+    tl.store(at + 256, N1)
+    tl.store(at + 512, N2)
+    tl.store(at + 768, N3)
+    tl.debug_barrier()
+    lane = tl.arange(0, 32)
+    N = scratch + lane // 8 * 256
+    left, right = (), ()
+    for r in tl.static_range(16):
+        one = tl.where(lane % 8 == r, 1.0, 0.0)
+        two = tl.where(lane % 8 + 8 == r, 1.0, 0.0)
+        for m in tl.static_range(r):
+            factor = tl.load(N + r * 16 + m)
+            one -= factor * left[m]
+            two -= factor * right[m]
+        left, right = left + (one,), right + (two,)  # noqa: RUF005 (triton.jit joins tuples but does not unpack them)
+    to = scratch + 1024 + lane // 8 * 16 + lane % 8
+    for r in tl.static_range(16):
+        tl.store(to + r * 64, left[r])
+        tl.store(to + r * 64 + 8, right[r])
+    tl.debug_barrier()
+    at = scratch + 1024 + i * 64 + j
+    A0, A1, A2, A3 = tl.load(at), tl.load(at + 16), tl.load(at + 32), tl.load(at + 48)
+    tl.debug_barrier()
     return A0, A1, A2, A3
 
 
@@ -145,8 +162,9 @@ def solve_kernel(
 ):  # fmt: skip
     """Program (chunk c, value head h): G, beta, rk of the chunk and the inverse A, by 16 x 16 blocks.
 
-    The blocks stay in the registers of one warp. The four on the diagonal are inverted by substitution in float32,
-    those below follow from A_ij = -A_ii (sum over j <= m < i of N_im A_mj).
+    One warp's: what it takes is time between dependent instructions, and few warps have room, so it is short of both.
+    The four blocks on the diagonal are inverted by substitution in float32, those below follow from
+    A_ij = -A_ii (sum over j <= m < i of N_im A_mj).
     """
     pid = tl.program_id(0)
     c = (pid // HV).to(tl.int64)
@@ -169,7 +187,7 @@ def solve_kernel(
     kk32 = tl.zeros((16, 16), tl.float32)
     kk33 = tl.zeros((16, 16), tl.float32)
     k_base = k_ptr + row * stride_kt + h.to(tl.int64) * stride_kh
-    for start in tl.range(0, K, BK, num_stages=1):
+    for start in tl.range(0, K, BK):
         d = start + tl.arange(0, BK)
         tile = k_base + i[:, None] * stride_kt + d[None, :]
         columns = d[None, :] < K
@@ -238,7 +256,9 @@ def solve_kernel(
             tl.store(norms + 32, rk2)
             tl.store(norms + 48, rk3)
 
+    base = Ag_ptr + (c * HV + hv) * 4096
     A00, A11, A22, A33 = _invert_unit_lower(
+        base.to(tl.pointer_type(tl.float32)),  # the result's place, which nobody needs before it
         _decayed(kk00, beta0, rk0, rk0, G0, G0, True), _decayed(kk11, beta1, rk1, rk1, G1, G1, True),
         _decayed(kk22, beta2, rk2, rk2, G2, G2, True), _decayed(kk33, beta3, rk3, rk3, G3, G3, True))  # fmt: skip
     N10 = _decayed(kk10, beta1, rk1, rk0, G1, G0, False)
@@ -255,7 +275,6 @@ def solve_kernel(
     last = _dot16(N30, A00, PRECISION) + _dot16(N31, A10, PRECISION) + _dot16(N32, A20, PRECISION)
     A30 = -_dot16(A33, last, PRECISION)
 
-    base = Ag_ptr + (c * HV + hv) * 4096
     strict = i[:, None] > i[None, :]
     zero = tl.zeros((16, 16), tl.float32)
     _store_block(base, tl.where(strict, A00, 0.0), 0, 0)
@@ -335,7 +354,7 @@ def products_kernel(
         Ag = tl.load(Ag_ptr + (c * HV + head) * 4096 + i[:, None] * 64 + i[None, :])
         if WITH_Y:
             difference = G[None, :] - G[:, None]
-            Pt = kq * tl.exp(tl.where(i[None, :] >= i[:, None], difference, float("-inf")))
+            Pt = kq * exp(tl.where(i[None, :] >= i[:, None], difference, float("-inf")))
             Yt = Pt + tl.dot(tl.trans(Ag), Pt.to(Ag.dtype), input_precision=DOT)
             out = Yt_ptr + (local * HV + head) * 4096
             tl.store(out + i[:, None] * 64 + i[None, :], Yt.to(Ag.dtype))
@@ -391,7 +410,7 @@ def prepare(
             *((0, 0) if g is None else (g.stride(1), g.stride(2))),
             *((0, 0) if beta is None else (beta.stride(1), beta.stride(2))),
             **options(
-            launch.solve_warps, 1, launch.solve_registers, H=H, HV=HV, K=K,
+            launch.solve_warps, launch.solve_stages, launch.solve_registers, H=H, HV=HV, K=K,
             BK=min(power_of_2(K), launch.solve_block), EPS=NORM_EPS,
             HAS_G=g is not None, HAS_BETA=beta is not None, GATE=use_gate_in_kernel, HAS_BIAS=dt_bias is not None,
             SIGMOID=use_beta_sigmoid_in_kernel, NORM=use_qk_l2norm_in_kernel, PRECISION=launch.solve_precision,

@@ -43,7 +43,7 @@ def _cases(kind: str, K: int, main: bool) -> list[CompileCase]:
             | switches
             | {"BK": min(K, launch.solve_block), "PRECISION": launch.solve_precision, "stride_gh": 1, "stride_bh": 1},
             num_warps=launch.solve_warps,
-            num_stages=1,
+            num_stages=launch.solve_stages,
             divisible=strides,
             main=main,
             spills_allowed=kind == "fp32",  # whose products are unrolled for want of tensor cores

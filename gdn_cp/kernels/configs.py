@@ -33,6 +33,7 @@ class Launch:
     solve_precision: str = "tf32"
     solve_block: int = 64
     solve_warps: int = 1
+    solve_stages: int = 2
     solve_registers: int | None = None
     products_warps: int = 4
     products_stages: int = 1
