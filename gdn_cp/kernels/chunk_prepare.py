@@ -19,6 +19,8 @@ Dimensions: B batch, T tokens, H query/key heads, HV value heads, K key head dim
 NT chunks (bound).
 """
 
+# pyright: reportGeneralTypeIssues=false
+# triton.jit hides that tl.static_range is a loop from a type checker
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -302,7 +304,10 @@ def products_kernel(
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr,
     NORM: tl.constexpr, STORE_RQ: tl.constexpr, WITH_Y: tl.constexpr, TRUNCATE: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk c, key head h): X and Yt of the value heads that share h.
+    """Program (chunk c, value head hv): X and Yt.
+
+    K Q^T is made anew for every value head of a key head: what it would keep from one to the next are registers, with
+    which a multiprocessor has room for two thirds of the programs.
 
     With TRUNCATE those chunks are left out that a walk for the gradient before a sequence leaves out: of sequences that
     no state enters (`roles`), and behind chunks whose gates sum to less than that number.
@@ -312,19 +317,17 @@ def products_kernel(
     that is computed would be one.
     """
     pid = tl.program_id(0)
-    local = (pid // H).to(tl.int64)
+    local = (pid // HV).to(tl.int64)
     c = local + first_chunk
-    h = pid % H
+    hv = pid % HV
+    h = hv // (HV // H)
     if tl.load(chunks_ptr + c * 4) < 0:
         return
     if TRUNCATE is not None:
         if (tl.load(roles_ptr + tl.load(chunks_ptr + c * 4)) & 1) == 0:
             return
         index = tl.load(chunks_ptr + c * 4 + 3)
-        last = index
-        for m in range(HV // H):
-            last = tl.maximum(last, first_end(G_ptr, c - index, index + 1, h * (HV // H) + m, TRUNCATE, HV))
-        if last == index:
+        if first_end(G_ptr, c - index, index + 1, hv, TRUNCATE, HV) <= index:
             return
     row = tl.load(chunks_ptr + c * 4 + 1).to(tl.int64)
     length = tl.load(chunks_ptr + c * 4 + 2)
@@ -332,9 +335,11 @@ def products_kernel(
     d = tl.arange(0, BK)
     mask = (i[:, None] < length) & (d[None, :] < K)
     k = tl.load(k_ptr + row * stride_kt + h.to(tl.int64) * stride_kh + i[:, None] * stride_kt + d[None, :], mask, 0.0)
+    Ag = tl.load(Ag_ptr + (c * HV + hv) * 4096 + i[:, None] * 64 + i[None, :])
     rk = tl.full((64,), 1.0, tl.float32)
     if NORM:
         rk = tl.load(rk_ptr + (c * H + h) * 64 + i)
+    G = tl.load(G_ptr + (c * HV + hv) * 64 + i)
     if WITH_Y:
         q_base = q_ptr + row * stride_qt + h.to(tl.int64) * stride_qh
         q = tl.load(q_base + i[:, None] * stride_qt + d[None, :], mask, 0.0)
@@ -343,27 +348,22 @@ def products_kernel(
             if STORE_RQ:
                 qf = q.to(tl.float32)
                 rq = tl.where(i < length, 1.0 / tl.sqrt_rn(tl.sum(qf * qf, 1) + EPS), 0.0)
-                tl.store(rq_ptr + (c * H + h) * 64 + i, rq)
+                if hv % (HV // H) == 0:
+                    tl.store(rq_ptr + (c * H + h) * 64 + i, rq)
             else:
                 rq = tl.load(rq_ptr + (c * H + h) * 64 + i)
         kq = tl.dot(k, tl.trans(q), input_precision=DOT) * rk[:, None] * (rq * scale)[None, :]
-    for m in range(HV // H):
-        head = h * (HV // H) + m
-        G = tl.load(G_ptr + (c * HV + head) * 64 + i)
-        G_last = tl.load(G_ptr + (c * HV + head) * 64 + 63)
-        Ag = tl.load(Ag_ptr + (c * HV + head) * 4096 + i[:, None] * 64 + i[None, :])
-        if WITH_Y:
-            difference = G[None, :] - G[:, None]
-            Pt = kq * exp(tl.where(i[None, :] >= i[:, None], difference, float("-inf")))
-            Yt = Pt + tl.dot(tl.trans(Ag), Pt.to(Ag.dtype), input_precision=DOT)
-            out = Yt_ptr + (local * HV + head) * 4096
-            tl.store(out + i[:, None] * 64 + i[None, :], Yt.to(Ag.dtype))
-        # The identity in Af is added in float32: rounded with Ag for the product it would be most of X's error.
-        to_end = rk * tl.exp(G_last - G)
-        A = Ag.to(tl.float32) * to_end[:, None]
-        X = tl.dot(tl.trans(k), A.to(k.dtype), input_precision=DOT) + tl.trans(k).to(tl.float32) * to_end[None, :]
-        out = X_ptr + (local * HV + head) * (K * 64)
-        tl.store(out + d[:, None] * 64 + i[None, :], X.to(k.dtype), mask=(d[:, None] < K))
+        difference = G[None, :] - G[:, None]
+        Pt = kq * exp(tl.where(i[None, :] >= i[:, None], difference, float("-inf")))
+        Yt = Pt + tl.dot(tl.trans(Ag), Pt.to(Ag.dtype), input_precision=DOT)
+        out = Yt_ptr + (local * HV + hv) * 4096
+        tl.store(out + i[:, None] * 64 + i[None, :], Yt.to(Ag.dtype))
+    # The identity in Af is added in float32: rounded with Ag for the product it would be most of X's error.
+    to_end = rk * tl.exp(tl.load(G_ptr + (c * HV + hv) * 64 + 63) - G)
+    A = Ag.to(tl.float32) * to_end[:, None]
+    X = tl.dot(tl.trans(k), A.to(k.dtype), input_precision=DOT) + tl.trans(k).to(tl.float32) * to_end[None, :]
+    out = X_ptr + (local * HV + hv) * (K * 64)
+    tl.store(out + d[:, None] * 64 + i[None, :], X.to(k.dtype), mask=(d[:, None] < K))
 
 
 @launches
@@ -456,11 +456,11 @@ def _products(
     X = torch.empty(num_chunks, HV, K, CHUNK, dtype=q.dtype, device=q.device)
     Yt = torch.empty(num_chunks, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) if with_y else None
     if num_chunks:
-        run_kernel(products_kernel, num_chunks * H,
+        run_kernel(products_kernel, num_chunks * HV,
             q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, roles, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             **options(
-            launch.products_warps, launch.products_stages, H=H, HV=HV, K=K, BK=power_of_2(K),
+            launch.products_warps, launch.products_stages, launch.products_registers, H=H, HV=HV, K=K, BK=power_of_2(K),
             EPS=NORM_EPS, NORM=prepared.rk is not None,
             STORE_RQ=store_rq, WITH_Y=with_y, TRUNCATE=truncate, DOT=launch.precision),
         )  # fmt: skip

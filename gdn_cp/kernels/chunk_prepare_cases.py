@@ -55,6 +55,7 @@ def _cases(kind: str, K: int, main: bool) -> list[CompileCase]:
             constexprs=heads | {"BK": K, "STORE_RQ": True, "WITH_Y": True, "TRUNCATE": None, "roles_ptr": None},
             num_warps=launch.products_warps,
             num_stages=launch.products_stages,
+            maxnreg=launch.products_registers,
             divisible=product_strides,
             main=main,
             spills_allowed=kind == "fp32",
