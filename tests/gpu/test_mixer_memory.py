@@ -19,6 +19,7 @@ from gdn_cp.kernels.bwd_slices import LEAN_BYTES, slice_chunks
 
 T, H, HV, D = 16384, 4, 8, 128
 SLACK = 40 * 2**20
+RESTS = 4 * 2**20  # up to 1 MiB each, which the allocator does not cut off of blocks: not the same ones in two calls
 BUFFERS = 112 * 2**10 * HV * slice_chunks(T // 64, HV, D, D, 2, True)  # a slice's states and products
 KEPT_BY_RULE = HV * (2 * 64 + 8) + H * 8  # a row of the inverses, gates, beta and norms
 
@@ -41,6 +42,7 @@ def measure(
     dy = torch.randn(T // ranks, HV * ranks * D, device="cuda").bfloat16()
     leaves = [x, *(p for name, p in module.named_parameters() if not name.startswith(("in_", "out_proj")))]
     found, one = (0, 0), torch.ones((), device="cuda", dtype=x.dtype)
+    torch.cuda.empty_cache()  # blocks of earlier tests are cut elsewhere
     for _ in range(2):  # the first call makes tables, and memory for the exchange
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -80,7 +82,7 @@ def test_gradient_of_o_in_the_projection_that_nobody_else_holds():
     """It takes z's place there, so that the peak is less by the size of o."""
     (kept, peak), (held, held_peak) = (measure(1, 0, holders) for holders in (0, 2))
     assert kept == held
-    assert abs(held_peak - peak - T * 2 * HV * D) < 2**20
+    assert abs(held_peak - peak - T * 2 * HV * D) < RESTS
 
 
 @pytest.mark.gpu
@@ -94,7 +96,7 @@ def test_gradient_of_the_output_that_nobody_else_holds():
     (_, peak), (_, held_peak) = (measure(1, 0, hook=hook) for hook in (lambda _: None, keep))
     size = T * 2 * HV * D
     assert held[0].untyped_storage().nbytes() == size
-    assert held_peak - peak >= size - 2**20
+    assert held_peak - peak >= size - RESTS
 
 
 def _on_ranks(rank: int, world_size: int) -> tuple[int, int]:
