@@ -410,7 +410,7 @@ def prepare(
             *((0, 0) if g is None else (g.stride(1), g.stride(2))),
             *((0, 0) if beta is None else (beta.stride(1), beta.stride(2))),
             **options(
-            launch.solve_warps, launch.solve_stages, launch.solve_registers, H=H, HV=HV, K=K,
+            launch.solve_warps, launch.solve_stages, H=H, HV=HV, K=K,
             BK=min(power_of_2(K), launch.solve_block), EPS=NORM_EPS,
             HAS_G=g is not None, HAS_BETA=beta is not None, GATE=use_gate_in_kernel, HAS_BIAS=dt_bias is not None,
             SIGMOID=use_beta_sigmoid_in_kernel, NORM=use_qk_l2norm_in_kernel, PRECISION=launch.solve_precision,

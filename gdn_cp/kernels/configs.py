@@ -34,7 +34,6 @@ class Launch:
     solve_block: int = 64
     solve_warps: int = 1
     solve_stages: int = 2
-    solve_registers: int | None = None
     products_warps: int = 4
     products_stages: int = 1
     products_registers: int | None = None
@@ -136,10 +135,13 @@ def prepare_config(device: torch.device, dtype: torch.dtype, K: int) -> Launch:
     launch = Launch(precision=dot_precision(dtype))
     if dtype == torch.float32:
         launch = replace(launch, solve_precision="ieee", solve_block=16, products_warps=8)
+        launch = replace(launch, products_registers=128)  # left to itself ptxas takes 32 and spills thousands of bytes
     elif dtype == torch.float16:  # its rounding of A is no coarser than tf32's of the factors
         launch = replace(launch, solve_precision="tf32x3")
-    if dtype != torch.float32:  # with 168 registers three programs of 128 threads fit on a multiprocessor
-        launch = replace(launch, products_warps=8) if K > 128 else replace(launch, products_registers=168)
+    if dtype != torch.float32 and K > 128:
+        launch = replace(launch, products_warps=8)
+    elif dtype != torch.float32 and is_hopper(device):  # three programs of 128 threads fit on a multiprocessor then
+        launch = replace(launch, products_registers=168)
     tuned = tuned_launches(capability(device), dtype, K)
     if "solve" in tuned:
         launch = replace(launch, solve_block=tuned["solve"][0], solve_warps=tuned["solve"][1])
