@@ -41,6 +41,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from gdn_cp.kernels.activations_triton import exp
+
 _barrier: Any = getattr(gl, "thread_barrier", None) or getattr(gl, "barrier", None)  # renamed in Triton 3.7
 
 
@@ -75,14 +77,6 @@ def _rounded(x, ty: gl.constexpr):
     else:
         y = x.to(ty).to(gl.float32)
     return y
-
-
-@gluon.jit
-def _exp(x):
-    """e^x for x <= 0 or -inf, by one instruction; 0 where it is less than float32's least normal number."""
-    return gl.inline_asm_elementwise(
-        "{.reg .f32 y; mul.f32 y, $1, 0f3FB8AA3B; ex2.approx.ftz.f32 $0, y;}", "=f,f", [x], gl.float32, True, 1
-    )
 
 
 @gluon.jit
@@ -340,7 +334,7 @@ def _multiply_all(
             kept = (i_square[:, None] >= j_square[None, :]) & gl.convert_layout(valid, square_rows)[:, None]
             b_i = gl.convert_layout(b, square_rows)
             difference = gl.convert_layout(G_i, square_rows)[:, None] - G_j[None, :]
-            Gam = _exp(gl.where(kept, difference, float("-inf"))) * k_norm_j[None, :]
+            Gam = exp(gl.where(kept, difference, float("-inf"))) * k_norm_j[None, :]
             MU, dP = warpgroup_mma_wait(1, deps=[MU, dP])
             _barrier()
             mbarrier.arrive(free1, count=1)
