@@ -36,20 +36,23 @@ def split_reports(log: str) -> tuple[list[str], int]:
     """(reports of races, how many more there are of Triton's dispatch)."""
     races, dispatched = [], 0
     for report in re.split(r"(?=Race reported)", log)[1:]:
-        lines = [line for line in report.splitlines() if ACCESS.search(line)]
-        accesses = [match.groups() for line in lines if (match := ACCESS.search(line))]
+        accesses = ACCESS.findall(report)
         if accesses and all(file and int(line) in dispatch_lines(file, name) for name, file, line in accesses):
             dispatched += 1
         else:
-            races.append("\n".join(lines) or report.strip())
+            races.append(report.split("\n========= \n")[0].strip())
     return races, dispatched
 
 
 def main(path: str) -> int:
-    """Print both counts and every race; 1 if there is a race, or if racecheck did not come to its end."""
+    """Print both counts and every race; 1 if there is a race, if racecheck was cut off, or if what it watched failed,
+    which its exit code does not tell from reports."""
     log = Path(path).read_text(encoding="utf-8", errors="replace")
     if "RACECHECK SUMMARY" not in log:
         print("racecheck was cut off:", log[-500:])
+        return 1
+    if "Target application returned an error" in log:
+        print("what racecheck watched failed:", log[-500:])
         return 1
     races, dispatched = split_reports(log)
     print(f"{len(races)} races, {dispatched} reports of Triton's dispatch of warps")

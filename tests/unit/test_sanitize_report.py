@@ -52,6 +52,14 @@ def test_a_log_that_was_cut_off_passes_for_nothing(report, tmp_path):
     assert report.main(str(log)) == 1
 
 
+def test_a_failure_under_the_tool_is_none_of_its_reports(report, tmp_path):
+    log = tmp_path / "racecheck.log"
+    dispatched = race(line_of("def fused_kernel("), line_of("gl.warp_specialize("))
+    summary = "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+    log.write_text(dispatched + "========= Target application returned an error\n" + summary)
+    assert report.main(str(log)) == 1
+
+
 def test_an_access_without_a_line_is_a_race(report):
     races, dispatched = report.split_reports("Race reported between Read access at fused_kernel+0x1 [2 hazards]\n")
     assert len(races) == 1
