@@ -53,14 +53,14 @@ if TYPE_CHECKING:
 
 @triton.jit
 def _row_factors(
-    G_ptr, bt_ptr, rq_ptr, rk_ptr, c, h, hv, present, H: tl.constexpr, HV: tl.constexpr, NORM: tl.constexpr,
+    G_ptr, bt_ptr, rq_ptr, rk_ptr, c, h, hv, last, present, H: tl.constexpr, HV: tl.constexpr, NORM: tl.constexpr,
     SUMMARY: tl.constexpr,
 ):  # fmt: skip
-    """G, its last value, beta, rk and rq of chunk c."""
+    """G, its last value (number `last`), beta, rk and rq of chunk c."""
     i = tl.arange(0, 64)
     head = (c * HV + hv) * 64
     G = tl.load(G_ptr + head + i, mask=present & (i >= 0), other=0.0)
-    G_last = tl.load(G_ptr + head + 63, mask=present, other=0.0)
+    G_last = tl.load(G_ptr + head + last, mask=present, other=0.0)
     beta = tl.load(bt_ptr + head + i, mask=present & (i >= 0), other=0.0)
     rk = tl.full((64,), 1.0, tl.float32)
     rq = tl.full((64,), 1.0, tl.float32)
@@ -99,6 +99,12 @@ def _chain_kernel(
     if n < 0:
         return
     chunk = tl.load(pieces_ptr + p * 8 + 1).to(tl.int64)
+    # 63, but ptxas cannot know it to be the same in all threads, as it could of a scalar load or of a sum of 32 bits.
+    # What it reads from an address that is the same it moved to a uniform register as soon as it had asked for it, and
+    # so each step waited for memory (45 of 286 us on an H200).
+    field = tl.arange(0, 8)
+    entry = tl.load(pieces_ptr + p * 8 + field).to(tl.int64)
+    last = tl.sum(tl.where(field == 1, entry, 0), 0) - chunk + 63
     steps = tl.load(pieces_ptr + p * 8 + 2)
     row = tl.load(pieces_ptr + p * 8 + 3).to(tl.int64)
     end = tl.load(pieces_ptr + p * 8 + 4)
@@ -119,15 +125,14 @@ def _chain_kernel(
     e = block * BV + tl.arange(0, BV)
     state_mask = (d[:, None] < K) & (e[None, :] < V)
 
+    # By masks, not in branches: with a state that comes out of a branch ptxas takes 11 registers more.
     S = tl.zeros((BK, BV), tl.float32)
     if HAS_INITIAL:
-        if is_first:
-            initial = initial_ptr + (n * HV + hv) * (K * V) + d[:, None] * STATE_K + e[None, :] * STATE_V
-            S = tl.load(initial, mask=state_mask, other=0.0)
+        initial = initial_ptr + (n * HV + hv) * (K * V) + d[:, None] * STATE_K + e[None, :] * STATE_V
+        S = tl.load(initial, mask=state_mask & is_first, other=0.0)
     if HAS_STARTS:
-        if not is_first:
-            start = starts_ptr + (p * HV + hv) * (K * V) + d[:, None] * V + e[None, :]
-            S = tl.load(start, mask=state_mask, other=0.0)
+        start = starts_ptr + (p * HV + hv) * (K * V) + d[:, None] * V + e[None, :]
+        S = tl.where(is_first, S, tl.load(start, mask=state_mask & (is_first == 0), other=0.0))
     if SUMMARY:
         if block >= V_BLOCKS:
             S = tl.where(d[:, None] == (e - V_BLOCKS * BV)[None, :], 1.0, 0.0)
@@ -158,7 +163,9 @@ def _chain_kernel(
         o_tile = o_ptr + (row * HV + hv) * V + i[:, None] * (HV * V) + e[None, :]
     # Row factors are fetched one step ahead into registers: the pipeline prefetches operands of products only, and to
     # wait for these at the top of a step would add the memory's latency to each.
-    G, G_last, beta, rk, rq = _row_factors(G_ptr, bt_ptr, rq_ptr, rk_ptr, chunk, h, hv, steps > 0, H, HV, NORM, SUMMARY)
+    G, G_last, beta, rk, rq = _row_factors(
+        G_ptr, bt_ptr, rq_ptr, rk_ptr, chunk, h, hv, last, steps > 0, H, HV, NORM, SUMMARY
+    )
     for step in tl.range(0, steps, num_stages=STAGES):
         part = (chunk + step) * HV + hv
         first = row.to(tl.int32) + step * 64
@@ -172,7 +179,7 @@ def _chain_kernel(
         beta_now = beta
         decay = tl.exp(G_last)
         G, G_last, beta, rk, rq = _row_factors(
-            G_ptr, bt_ptr, rq_ptr, rk_ptr, chunk + step + 1, h, hv, step + 1 < steps, H, HV, NORM, SUMMARY
+            G_ptr, bt_ptr, rq_ptr, rk_ptr, chunk + step + 1, h, hv, last, step + 1 < steps, H, HV, NORM, SUMMARY
         )
         if TMA:
             k = k_ptr.load([first, (h * K).to(tl.int32)])
