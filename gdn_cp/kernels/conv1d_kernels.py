@@ -151,14 +151,16 @@ def _rows_before(
         if HALO:
             # One load for both sources, whose address alone differs: a second load, added to the first, made all but
             # the few chunks that begin a sequence wait for each row in turn.
-            at = tl.load(halo_at + sequence * (W - 1) + j - 1, mask=begins, other=-1).to(tl.int64)
-            row = tl.where(begins, halo + at * halo_row, row)
+            at = tl.load(halo_at + sequence * (W - 1) + j - 1, mask=begins, other=-1)
+            row = tl.where(begins, at, place).to(tl.int64) * tl.where(begins, halo_row, x_row)
+            row = tl.where(begins, halo, x) + row
             real = real | (at >= 0)
         window = window + (tl.load(row + o_d, mask=m_d & real, other=0.0).to(tl.float32),)
     if kept_halo is not None:
         if begins:
             for j in tl.static_range(W - 1):
-                kept = kept_halo + (sequence.to(tl.int64) * (W - 1) + j) * D + o_d
+                # The number of the row in 32 bits: as a wider one it would stay in registers that there are not.
+                kept = kept_halo + (sequence * (W - 1) + j).to(tl.int64) * D + o_d
                 tl.store(kept, window[j].to(kept_halo.dtype.element_ty), mask=m_d)
     return window
 

@@ -125,9 +125,12 @@ def _constants(channels: Channels, gates: GateColumns | None, W: int, per_thread
     return sizes, 2 * cdiv(qk, BD) + cdiv(v, BD)
 
 
-def _registers(W: int, halo: bool) -> dict[str, int]:
-    """What reads a halo may have no more registers than without: a few more cost a program on the multiprocessor."""
-    return {"maxnreg": FORWARD_REGISTERS} if halo and W <= 4 else {}
+def _registers(W: int, halo: bool, kept_halo: bool) -> dict[str, int]:
+    """What reads a halo may have no more registers than without: a few more cost a program on the multiprocessor.
+
+    What copies the halo too takes no more of itself, and told so ptxas would make its loop longer.
+    """
+    return {"maxnreg": FORWARD_REGISTERS} if halo and W <= 4 and not kept_halo else {}
 
 
 @launches
@@ -171,7 +174,7 @@ def convolve_rows(
             tables.chunks, tables.num_chunks, joined, x.stride(0), _row_stride(halo), y.stride(0), channels.share,
             0 if gates is None else gates.first,
             **sizes, GROUP=FORWARD_GROUP, HAS_BIAS=bias is not None, SILU=silu, MAPPED=rows is not None, KEEP=keep,
-            HALO=halo is not None, **_registers(weight.shape[1], halo is not None),
+            HALO=halo is not None, **_registers(weight.shape[1], halo is not None, kept_halo is not None),
         )  # fmt: skip
     return y, copied, kept
 
@@ -343,7 +346,7 @@ def _cases_of(
         given = {n: value for n, value in given.items() if n in kernel.arg_names}
         signature = {n: types.get(n, x) for n in kernel.arg_names if n not in given}
         divisible = tuple(n for n in strides if n in signature)
-        limit = _registers(W, halo) if kind == "forward" else {}
+        limit = _registers(W, halo, keep_halo) if kind == "forward" else {}
         options: dict[str, Any] = {"num_warps": warps, "divisible": divisible, "main": main, **limit}
         cases.append(CompileCase(f"conv1d.{kind}/{name}", kernel, signature, given, **options))
     return cases
