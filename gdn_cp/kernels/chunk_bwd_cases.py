@@ -82,16 +82,17 @@ def _fused_cases() -> list[CompileCase]:
 
     if not GLUON:
         return []
-    from gdn_cp.kernels.chunk_bwd_fused import DIM, FETCHING_REGISTERS, WARPS, tile_layout
+    from gdn_cp.kernels.chunk_bwd_fused import DIM, FETCHING_REGISTERS, ROW_LAYOUT, WARPS, tile_layout
     from gdn_cp.kernels.chunk_bwd_fused_kernel import fused_kernel
 
-    types = dict.fromkeys(("G", "bt", "rq", "rk", "dG", "db", "q_dots", "k_dots", "state_dots"), "*fp32")
+    types = dict.fromkeys(("rq", "rk", "dG", "db", "q_dots", "k_dots", "state_dots"), "*fp32")
     types |= {"chunks": "*i32", "scale": "fp32", "dq": "*bf16", "dk": "*bf16"}
     types |= dict.fromkeys(("c0", "items", "stride_dt", "stride_dh"), "i32")
     tile, state = (CHUNK, DIM), (DIM, DIM)
     blocks = dict.fromkeys(("q", "k", "v", "do", "M", "dq_out", "dk_out"), tile) | {"h": state, "dh": state}
     for name, block in (blocks | {"Ag": (CHUNK, CHUNK)}).items():
         types[name] = f"tensordesc<bf16{[*block]},{tile_layout(block, torch.bfloat16)!r}>"
+    types |= dict.fromkeys(("G", "bt"), f"tensordesc<fp32[1, {CHUNK}],{ROW_LAYOUT!r}>")
     constants = {
         "H": 16, "HV": 32, "D": DIM, "C": CHUNK, "LEAST_BETA": 2.0**-60, "PROGRAMS": 132,
         "REGISTERS": FETCHING_REGISTERS, "num_warps": WARPS,

@@ -22,6 +22,7 @@ from gdn_cp.launch import describe_gluon, run_kernel
 DIM = 128
 WARPS = 8  # that multiply; one more fetches
 FETCHING_REGISTERS = 24
+ROW_LAYOUT = gl.NVMMASharedLayout(0, 32, 2)  # of a chunk's 64 row factors, one after the other
 
 
 @lru_cache(maxsize=16)
@@ -42,6 +43,11 @@ def _matrices(x: Tensor) -> TensorDescriptor:
     return describe_gluon(x, [x.numel() // block[1], block[1]], [block[1], 1], block, tile_layout((*block,), x.dtype))
 
 
+def _factors(x: Tensor) -> TensorDescriptor:
+    """x [NT, HV, 64] float32 by chunks and heads."""
+    return describe_gluon(x, [x.numel() // CHUNK, CHUNK], [CHUNK, 1], [1, CHUNK], ROW_LAYOUT)
+
+
 def local_gradients(
     q: Tensor, k: Tensor, v: Tensor, do: Tensor, h: Tensor, dh: Tensor, M: Tensor, Ag: Tensor,
     factors: tuple[Tensor | None, ...], chunks: Tensor, dq: Tensor, dk: Tensor, sums: RowSums, scale: float, c0: int,
@@ -60,10 +66,14 @@ def local_gradients(
     """
     H, HV = q.shape[2], v.shape[2]
     items = (c1 - c0) * H
+    G, bt, rq, rk = factors
+    assert G is not None
+    assert bt is not None
     programs = multiprocessors(q.device)
     run_kernel(fused_kernel, min(items, programs),
         _tokens(q), _tokens(k), _tokens(v), _tokens(do), _matrices(h), _matrices(dh), _matrices(M), _matrices(Ag),
-        _tokens(dq), _tokens(dk), *factors, chunks, dq, dk, *sums, scale, c0, items, dq.stride(1), dq.stride(2),
+        _tokens(dq), _tokens(dk), _factors(G), _factors(bt), rq, rk, chunks, dq, dk, *sums, scale, c0, items,
+        dq.stride(1), dq.stride(2),
         H=H, HV=HV, D=DIM, C=CHUNK, LEAST_BETA=least_beta(q.dtype), PROGRAMS=programs, REGISTERS=FETCHING_REGISTERS,
         num_warps=WARPS,
     )  # fmt: skip

@@ -9,7 +9,9 @@ A program is one multiprocessor's, and works through chunks and q/k heads. One w
 places are free, eight multiply. Places are freed in four groups, each with a barrier for "full" and one for "free":
 
     0   k, q                  once for all value heads of a q/k head
-    1   S, M, Ag, dO          2   V          3   dS+
+    1   S, M, Ag, dO, and the rows' G and beta
+    2   V
+    3   dS+
 
 What is added up over rows, over K or over V is first added inside each thread and then, eight sums at once, between
 threads. Sums are defined as there, but for state_dots: here C numbers, <S, dS+> by rows, less what `scores_kernel`
@@ -25,7 +27,6 @@ Dimensions: H q/k heads, HV value heads, D = K = V = 128, C = 64 rows of a chunk
 # pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportPossiblyUnboundVariable=false
 # pyright: reportOperatorIssue=false, reportOptionalMemberAccess=false, reportAssignmentType=false
 # pyright: reportUnboundVariable=false
-# ruff: noqa: SIM102  (an if on a constant is decided when the kernel is compiled, `and` is not)
 
 from __future__ import annotations
 
@@ -85,22 +86,27 @@ def _fetch(desc, row, column, place, full):
 
 
 @gluon.jit
+def _vector(place):
+    """A place [1, C] of float32 as [C]."""
+    return place._reinterpret(gl.float32, [place.shape[1]], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
 def _rows_of(chunks, chunk, wanted):
     """(first row, number of rows) of a chunk; no rows where it is not wanted or there is none. Chunks that are not
     there stand behind all others."""
-    row = 0
-    n_rows = 0
-    if wanted:
-        if gl.load(chunks + chunk * 4) >= 0:
-            row = gl.load(chunks + chunk * 4 + 1)
-            n_rows = gl.load(chunks + chunk * 4 + 2)
+    entry = chunks + chunk * 4
+    there = gl.load(entry, mask=wanted, other=-1) >= 0
+    row = gl.load(entry + 1, mask=wanted, other=0)
+    n_rows = gl.load(entry + 2, mask=wanted, other=0)
+    n_rows = gl.where(there, n_rows, 0)
     return row, n_rows
 
 
 @gluon.jit
 def _fetch_all(
-    q, k, v, do, h, dh, M, Ag, chunks, c0, items, q_place, k_place, v_place, do_place, m_place, a_place, s_place,
-    ds_place, full0, full1, full2, full3, free0, free1, free2, free3,
+    q, k, v, do, h, dh, M, Ag, G, bt, chunks, c0, items, q_place, k_place, v_place, do_place, m_place, a_place,
+    s_place, ds_place, g_place, b_place, full0, full1, full2, full3, free0, free1, free2, free3,
     H: gl.constexpr, HV: gl.constexpr, D: gl.constexpr, C: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """The warp that fetches: everything in the order in which the others free its places."""
@@ -120,11 +126,13 @@ def _fetch_all(
             mbarrier.expect(full2, TILE)
             _fetch(v, row, hv * D, v_place, full2)
             mbarrier.wait(free1, phase)
-            mbarrier.expect(full1, 4 * TILE + C * C * 2)
+            mbarrier.expect(full1, 4 * TILE + C * C * 2 + 2 * C * 4)
             _fetch(h, own * D, 0, s_place, full1)
             _fetch(M, own * C, 0, m_place, full1)
             _fetch(Ag, (chunk * HV + hv) * C, 0, a_place, full1)
             _fetch(do, row, hv * D, do_place, full1)
+            _fetch(G, chunk * HV + hv, 0, g_place, full1)
+            _fetch(bt, chunk * HV + hv, 0, b_place, full1)
             mbarrier.wait(free3, phase)
             mbarrier.expect(full3, 2 * TILE)
             _fetch(dh, own * D, 0, ds_place, full3)
@@ -201,9 +209,10 @@ def _store_gradients(
 
 @gluon.jit
 def _multiply_all(
-    dq_out, dk_out, G, bt, rq, rk, chunks, dq, dk, dG, db, q_dots, k_dots, state_dots, scale, c0, items,
+    dq_out, dk_out, rq, rk, chunks, dq, dk, dG, db, q_dots, k_dots, state_dots, scale, c0, items,
     stride_dt, stride_dh, q_places, k_places, v_places, do_places, m_places, a_places, s_places, ds_places,
-    one_places, two_places, three_places, four_places, full0, full1, full2, full3, free0, free1, free2, free3,
+    g_places, b_places, one_places, two_places, three_places, four_places,
+    full0, full1, full2, full3, free0, free1, free2, free3,
     H: gl.constexpr, HV: gl.constexpr, D: gl.constexpr, C: gl.constexpr, LEAST_BETA: gl.constexpr,
     PROGRAMS: gl.constexpr, num_warps: gl.constexpr, ty: gl.constexpr,
 ):  # fmt: skip
@@ -251,12 +260,13 @@ def _multiply_all(
             two = two_places.index(zero)
             hv = hk * R + j
             at = (chunk.to(gl.int64) * HV + hv) * C
-            G_last = gl.load(G + at + C - 1)
-            G_i = gl.load(G + at + i_c)
-            b = gl.load(bt + at + i_c)
+            g_place = _vector(g_places.index(zero))
 
             # R, W and beta R.
             mbarrier.wait(full1, phase)
+            G_i = g_place.load(rows)
+            G_last = g_place.slice(C - 1, 1).load(rows)
+            b = _vector(b_places.index(zero)).load(rows)
             nothing = gl.zeros([C, D], gl.float32, wide)
             KS = warpgroup_mma(k_place, s_place, nothing, use_acc=False, is_async=True)
             from_start = gl.exp(G_i) * k_norm
@@ -317,7 +327,7 @@ def _multiply_all(
             dk_all = warpgroup_mma(four, ds_place.permute((1, 0)), dk_all, is_async=True)
             dq_own = warpgroup_mma_wait(4, deps=[dq_own])
             # Meanwhile the query's share, and the states'.
-            G_j = gl.load(G + at + j_square)
+            G_j = _vector(g_places.index(zero)).load(square_columns)
             k_norm_j = gl.full([C], 1.0, gl.float32, square_columns)
             if rk is not None:
                 k_norm_j = gl.load(rk + norms + j_square)
@@ -392,8 +402,8 @@ def _multiply_all(
             k_unit = k_places.index(zero).load(wide).to(gl.float32) * k_norm[:, None]
             mbarrier.arrive(free0, count=1)
             norms = (next_chunk.to(gl.int64) * H + next_item % H) * C
-            k_norm = gl.load(rk + norms + i_c, mask=next_n_rows > 0, other=0.0)
-            q_norm = gl.load(rq + norms + i_c, mask=next_n_rows > 0, other=0.0)
+            k_norm = gl.load(rk + norms + i_c, mask=next_item < items, other=0.0)
+            q_norm = gl.load(rq + norms + i_c, mask=next_item < items, other=0.0)
             q_share = gl.sum(_in_threads(q_unit * dq_all), 1)
             dq_all -= q_unit * gl.convert_layout(q_share, rows)[:, None]
             k_share = gl.sum(_in_threads(k_unit * dk_all), 1)
@@ -421,7 +431,7 @@ def fused_kernel(
     """Program p: items p, p + PROGRAMS, ... Item i: chunk c0 + i // H and q/k head i % H, dQ and dK over all value
     heads of that head, and of each value head the sums for `row_gradients_kernel`.
 
-    The first ten arguments are descriptors; dq_out and dk_out describe dq and dk, of which TMA writes whole tiles.
+    Arguments up to bt are descriptors; dq_out and dk_out describe dq and dk, of which TMA writes whole tiles.
     """
     ty: gl.constexpr = q.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], ty)
@@ -435,6 +445,9 @@ def fused_kernel(
     a_places = gl.allocate_shared_memory(ty, [1, C, C], square)
     s_places = gl.allocate_shared_memory(ty, [1, D, D], state)
     ds_places = gl.allocate_shared_memory(ty, [1, D, D], state)
+    vector: gl.constexpr = gl.NVMMASharedLayout(0, 32, 2)
+    g_places = gl.allocate_shared_memory(gl.float32, [1, 1, C], vector)
+    b_places = gl.allocate_shared_memory(gl.float32, [1, 1, C], vector)
     one_places = gl.allocate_shared_memory(ty, [1, C, D], tile)  # W
     two_places = gl.allocate_shared_memory(ty, [1, C, D], tile)  # beta R, then U, at last dQ
     three_places = gl.allocate_shared_memory(ty, [1, C, D], tile)  # what rounding U took, then D and F, at last dK
@@ -459,15 +472,16 @@ def fused_kernel(
     gl.warp_specialize(
         [
             (_multiply_all, (
-                dq_out, dk_out, G, bt, rq, rk, chunks, dq, dk, dG, db, q_dots, k_dots, state_dots, scale, c0, items,
+                dq_out, dk_out, rq, rk, chunks, dq, dk, dG, db, q_dots, k_dots, state_dots, scale, c0, items,
                 stride_dt, stride_dh, q_places, k_places, v_places, do_places, m_places, a_places, s_places, ds_places,
-                one_places, two_places, three_places, four_places,
+                g_places, b_places, one_places, two_places, three_places, four_places,
                 full0, full1, full2, full3, free0, free1, free2, free3,
                 H, HV, D, C, LEAST_BETA, PROGRAMS, num_warps, ty,
             )),
             (_fetch_all, (
-                q, k, v, do, h, dh, M, Ag, chunks, c0, items, q_places.index(0), k_places.index(0), v_places.index(0),
-                do_places.index(0), m_places.index(0), a_places.index(0), s_places.index(0), ds_places.index(0),
+                q, k, v, do, h, dh, M, Ag, G, bt, chunks, c0, items, q_places.index(0), k_places.index(0),
+                v_places.index(0), do_places.index(0), m_places.index(0), a_places.index(0), s_places.index(0),
+                ds_places.index(0), g_places.index(0), b_places.index(0),
                 full0, full1, full2, full3, free0, free1, free2, free3, H, HV, D, C, PROGRAMS,
             )),
         ],
