@@ -26,7 +26,7 @@ from gdn_cp.kernels.chunk_bwd_config import FUSED_VERSIONS, backward_config, lau
 from gdn_cp.kernels.chunk_bwd_local import dk_kernel, dq_kernel, scores_kernel
 from gdn_cp.kernels.chunk_bwd_rows import RowSums, least_beta, row_gradients, row_sums
 from gdn_cp.kernels.chunk_pieces import piece_gradients, whole_gradients
-from gdn_cp.kernels.chunk_prepare import Prepared, prepare_products
+from gdn_cp.kernels.chunk_prepare import Prepared, prepare_leading_products, prepare_products
 from gdn_cp.kernels.configs import bulk_copy_fits, cdiv, dot_precision, is_hopper, launches, power_of_2
 from gdn_cp.kernels.sums_triton import LaterSums, sum_partials
 from gdn_cp.kernels.tables import CHUNK, ChunkTables, chunk_tables, dense
@@ -287,7 +287,10 @@ class Slices:
             self.prepare(c0, c1)
         if not self._has_products(c0, c1):
             whole = self.tables.num_pieces == self.tables.num_sequences
-            return self._multiply(c0, c1, roles, truncate if whole else None)
+            if roles is None or truncate is None or not whole:
+                return self._multiply(c0, c1)
+            tokens, scale = (self.q, self.k, self.prepared, self.tables), self.scale
+            return prepare_leading_products(*tokens, roles, truncate, scale=scale)
         return self._kept_products(c0, c1)
 
     def _kept_products(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
@@ -298,15 +301,9 @@ class Slices:
         X, Yt = self.products
         return X[c0 - first : c1 - first], Yt[c0 - first : c1 - first]
 
-    def _multiply(
-        self, c0: int, c1: int, roles: Tensor | None = None, truncate: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        X, Yt = prepare_products(
-            self.q, self.k, self.prepared, self.tables, scale=self.scale, first_chunk=c0, num_chunks=c1 - c0,
-            roles=roles, truncate=truncate,
-        )  # fmt: skip
-        assert Yt is not None
-        return X, Yt
+    def _multiply(self, c0: int, c1: int) -> tuple[Tensor, Tensor]:
+        q, k, chunks = self.q, self.k, {"first_chunk": c0, "num_chunks": c1 - c0}
+        return prepare_products(q, k, self.prepared, self.tables, scale=self.scale, **chunks)
 
     def _carries(self, index: int, c1: int) -> tuple[Tensor | None, Tensor | None]:
         """Where the gradient that crosses a slice's end comes from, and where that which crosses its start goes.

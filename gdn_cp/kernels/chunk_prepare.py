@@ -24,6 +24,7 @@ NT chunks (bound).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -37,6 +38,9 @@ from gdn_cp.kernels.tables import CHUNK, ChunkTables, dense
 from gdn_cp.launch import run_kernel
 
 NORM_EPS = 1e-6
+# Programs that share the chunks before a head's gates have forgotten, of one sequence: for 32 heads and two sequences,
+# as many as an H200 has room for two or three times; and a head that never forgets is no long work for one of them.
+LEADING_SLOTS = 16
 
 
 @dataclass(frozen=True)
@@ -297,40 +301,23 @@ def solve_kernel(
     _store_block(base, zero, 32, 48)
 
 
-@triton.jit(do_not_specialize=["first_chunk"])
-def products_kernel(
-    q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, chunks_ptr, roles_ptr, X_ptr, Yt_ptr,
-    first_chunk, scale, stride_qt, stride_qh, stride_kt, stride_kh,
+@triton.jit
+def _store_products(
+    q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, X_ptr, Yt_ptr, c, local, row, length, hv, scale,
+    stride_qt, stride_qh, stride_kt, stride_kh,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr,
-    NORM: tl.constexpr, STORE_RQ: tl.constexpr, WITH_Y: tl.constexpr, TRUNCATE: tl.constexpr, DOT: tl.constexpr,
+    NORM: tl.constexpr, STORE_RQ: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Program (chunk c, value head hv): X and Yt.
+    """X and Yt of chunk c, whose `length` rows begin at `row`, and value head hv, to place `local` of the results.
 
     K Q^T is made anew for every value head of a key head: what it would keep from one to the next are registers, with
     which a multiprocessor has room for two thirds of the programs.
-
-    With TRUNCATE those chunks are left out that a walk for the gradient before a sequence leaves out: of sequences that
-    no state enters (`roles`), and behind chunks whose gates sum to less than that number.
 
     The transpose of Y is computed, Yt = P^T + Ag^T P^T (Ag the strict lower part), so that the first operand of each
     product is a tile as it was loaded. Tensor-core operands in registers are miscompiled on Hopper, and a first operand
     that is computed would be one.
     """
-    pid = tl.program_id(0)
-    local = (pid // HV).to(tl.int64)
-    c = local + first_chunk
-    hv = pid % HV
     h = hv // (HV // H)
-    if tl.load(chunks_ptr + c * 4) < 0:
-        return
-    if TRUNCATE is not None:
-        if (tl.load(roles_ptr + tl.load(chunks_ptr + c * 4)) & 1) == 0:
-            return
-        index = tl.load(chunks_ptr + c * 4 + 3)
-        if first_end(G_ptr, c - index, index + 1, hv, TRUNCATE, HV) <= index:
-            return
-    row = tl.load(chunks_ptr + c * 4 + 1).to(tl.int64)
-    length = tl.load(chunks_ptr + c * 4 + 2)
     i = tl.arange(0, 64)
     d = tl.arange(0, BK)
     mask = (i[:, None] < length) & (d[None, :] < K)
@@ -340,30 +327,84 @@ def products_kernel(
     if NORM:
         rk = tl.load(rk_ptr + (c * H + h) * 64 + i)
     G = tl.load(G_ptr + (c * HV + hv) * 64 + i)
-    if WITH_Y:
-        q_base = q_ptr + row * stride_qt + h.to(tl.int64) * stride_qh
-        q = tl.load(q_base + i[:, None] * stride_qt + d[None, :], mask, 0.0)
-        rq = tl.full((64,), 1.0, tl.float32)
-        if NORM:
-            if STORE_RQ:
-                qf = q.to(tl.float32)
-                rq = tl.where(i < length, 1.0 / tl.sqrt_rn(tl.sum(qf * qf, 1) + EPS), 0.0)
-                if hv % (HV // H) == 0:
-                    tl.store(rq_ptr + (c * H + h) * 64 + i, rq)
-            else:
-                rq = tl.load(rq_ptr + (c * H + h) * 64 + i)
-        kq = tl.dot(k, tl.trans(q), input_precision=DOT) * rk[:, None] * (rq * scale)[None, :]
-        difference = G[None, :] - G[:, None]
-        Pt = kq * exp(tl.where(i[None, :] >= i[:, None], difference, float("-inf")))
-        Yt = Pt + tl.dot(tl.trans(Ag), Pt.to(Ag.dtype), input_precision=DOT)
-        out = Yt_ptr + (local * HV + hv) * 4096
-        tl.store(out + i[:, None] * 64 + i[None, :], Yt.to(Ag.dtype))
+    q_base = q_ptr + row * stride_qt + h.to(tl.int64) * stride_qh
+    q = tl.load(q_base + i[:, None] * stride_qt + d[None, :], mask, 0.0)
+    rq = tl.full((64,), 1.0, tl.float32)
+    if NORM:
+        if STORE_RQ:
+            qf = q.to(tl.float32)
+            rq = tl.where(i < length, 1.0 / tl.sqrt_rn(tl.sum(qf * qf, 1) + EPS), 0.0)
+            if hv % (HV // H) == 0:
+                tl.store(rq_ptr + (c * H + h) * 64 + i, rq)
+        else:
+            rq = tl.load(rq_ptr + (c * H + h) * 64 + i)
+    kq = tl.dot(k, tl.trans(q), input_precision=DOT) * rk[:, None] * (rq * scale)[None, :]
+    difference = G[None, :] - G[:, None]
+    Pt = kq * exp(tl.where(i[None, :] >= i[:, None], difference, float("-inf")))
+    Yt = Pt + tl.dot(tl.trans(Ag), Pt.to(Ag.dtype), input_precision=DOT)
+    out = Yt_ptr + (local * HV + hv) * 4096
+    tl.store(out + i[:, None] * 64 + i[None, :], Yt.to(Ag.dtype))
     # The identity in Af is added in float32: rounded with Ag for the product it would be most of X's error.
     to_end = rk * tl.exp(tl.load(G_ptr + (c * HV + hv) * 64 + 63) - G)
     A = Ag.to(tl.float32) * to_end[:, None]
     X = tl.dot(tl.trans(k), A.to(k.dtype), input_precision=DOT) + tl.trans(k).to(tl.float32) * to_end[None, :]
     out = X_ptr + (local * HV + hv) * (K * 64)
     tl.store(out + d[:, None] * 64 + i[None, :], X.to(k.dtype), mask=(d[:, None] < K))
+
+
+@triton.jit(do_not_specialize=["first_chunk"])
+def products_kernel(
+    q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, chunks_ptr, X_ptr, Yt_ptr,
+    first_chunk, scale, stride_qt, stride_qh, stride_kt, stride_kh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EPS: tl.constexpr,
+    NORM: tl.constexpr, STORE_RQ: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Program (chunk, value head): X and Yt, from `first_chunk` on."""
+    pid = tl.program_id(0)
+    local = (pid // HV).to(tl.int64)
+    c = local + first_chunk
+    hv = pid % HV
+    if tl.load(chunks_ptr + c * 4) < 0:
+        return
+    row = tl.load(chunks_ptr + c * 4 + 1).to(tl.int64)
+    length = tl.load(chunks_ptr + c * 4 + 2)
+    _store_products(
+        q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, X_ptr, Yt_ptr, c, local, row, length, hv, scale,
+        stride_qt, stride_qh, stride_kt, stride_kh, H, HV, K, BK, EPS, NORM, STORE_RQ, DOT,
+    )  # fmt: skip
+
+
+@triton.jit
+def leading_products_kernel(
+    q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, pieces_ptr, roles_ptr, X_ptr, Yt_ptr,
+    scale, stride_qt, stride_qh, stride_kt, stride_kh,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, TRUNCATE: tl.constexpr,
+    SLOTS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Program (whole sequence, slot, value head): X and Yt of those chunks that a walk for the gradient before the
+    sequence takes, if a state enters it (`roles`): up to the first from which on gates sum to less than TRUNCATE.
+
+    A program does every SLOTS-th of them. One for each chunk of the batch would have to ask whether that is among them,
+    and most do nothing else: that took longer than the products.
+    """
+    pid = tl.program_id(0)
+    hv = pid % HV
+    piece = pieces_ptr + pid // (HV * SLOTS) * 8
+    n = tl.load(piece)
+    if n < 0:
+        return
+    if (tl.load(roles_ptr + n) & 1) == 0:
+        return
+    first = tl.load(piece + 1).to(tl.int64)
+    first_row = tl.load(piece + 3)
+    rows = tl.load(piece + 4) - first_row
+    count = first_end(G_ptr, first, tl.load(piece + 2), hv, TRUNCATE, HV)
+    for index in range(pid // HV % SLOTS, count, SLOTS):
+        c, row = first + index, (first_row + index * 64).to(tl.int64)
+        _store_products(
+            q_ptr, k_ptr, G_ptr, rq_ptr, rk_ptr, Ag_ptr, X_ptr, Yt_ptr, c, c, row, rows - index * 64, hv, scale,
+            stride_qt, stride_qh, stride_kt, stride_kh, H, HV, K, BK, 0.0, NORM, False, DOT,
+        )  # fmt: skip
 
 
 @launches
@@ -417,7 +458,7 @@ def prepare(
             DOT=launch.precision),
         )  # fmt: skip
     prepared = Prepared(G, bt, rq, rk, Ag)
-    X, Yt = _products(q, k, prepared, tables, scale, True, 0, NT, store_rq=True, launch=launch)
+    X, Yt = _products(q, k, prepared, tables, scale, 0, NT, store_rq=True, launch=launch)
     return Prepared(G, bt, rq, rk, Ag, X, Yt)
 
 
@@ -429,39 +470,57 @@ def prepare_products(
     tables: ChunkTables,
     *,
     scale: float,
-    with_y: bool = True,
     first_chunk: int = 0,
     num_chunks: int | None = None,
-    roles: Tensor | None = None,
-    truncate: float | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """X [num_chunks, HV, K, 64] and Yt [num_chunks, HV, 64, 64] of a range of chunks, from what the backward kept.
-
-    With `truncate` only what a walk for the gradient before each sequence takes, truncated so; `roles` as there.
-    """
+) -> tuple[Tensor, Tensor]:
+    """X [num_chunks, HV, K, 64] and Yt [num_chunks, HV, 64, 64] of a range of chunks, from what the backward kept."""
     count = tables.num_chunks - first_chunk if num_chunks is None else num_chunks
     launch = prepare_config(q.device, q.dtype, q.shape[3])
-    return _products(
-        q, k, prepared, tables, scale, with_y, first_chunk, count, store_rq=False, launch=launch, roles=roles,
-        truncate=truncate,
-    )  # fmt: skip
+    return _products(q, k, prepared, tables, scale, first_chunk, count, store_rq=False, launch=launch)
+
+
+@launches
+def prepare_leading_products(
+    q: Tensor, k: Tensor, prepared: Prepared, tables: ChunkTables, roles: Tensor, truncate: float, *, scale: float
+) -> tuple[Tensor, Tensor]:
+    """X and Yt [NT, ..] of the chunks that a walk for the gradient before each sequence takes, truncated where gates
+    sum to less than `truncate`; the rest is not written. `roles` int32 [N]: which sequences a state enters (see
+    `chunk_pieces`). Sequences are whole in the tables."""
+    launch, NT = prepare_config(q.device, q.dtype, q.shape[3]), tables.num_chunks
+    X, Yt = _room_for_products(q, prepared, NT)
+    slots = max(1, min(LEADING_SLOTS, NT // tables.num_pieces))
+    if NT:
+        run_kernel(leading_products_kernel, tables.num_pieces * slots * prepared.G.shape[1],
+            q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.pieces, roles, X, Yt,
+            scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
+            **options(
+            launch.products_warps, launch.products_stages, launch.leading_registers,
+            **_product_sizes(q, prepared), TRUNCATE=truncate, SLOTS=slots, DOT=launch.precision),
+        )  # fmt: skip
+    return X, Yt
 
 
 def _products(
-    q: Tensor, k: Tensor, prepared: Prepared, tables: ChunkTables, scale: float, with_y: bool, first_chunk: int,
-    num_chunks: int, *, store_rq: bool, launch: Launch, roles: Tensor | None = None, truncate: float | None = None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    H, K = q.shape[2], q.shape[3]
-    HV = prepared.G.shape[1]
-    X = torch.empty(num_chunks, HV, K, CHUNK, dtype=q.dtype, device=q.device)
-    Yt = torch.empty(num_chunks, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device) if with_y else None
+    q: Tensor, k: Tensor, prepared: Prepared, tables: ChunkTables, scale: float, first_chunk: int,
+    num_chunks: int, *, store_rq: bool, launch: Launch,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    X, Yt = _room_for_products(q, prepared, num_chunks)
     if num_chunks:
-        run_kernel(products_kernel, num_chunks * HV,
-            q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, roles, X, Yt,
+        run_kernel(products_kernel, num_chunks * prepared.G.shape[1],
+            q, k, prepared.G, prepared.rq, prepared.rk, prepared.Ag, tables.chunks, X, Yt,
             first_chunk, scale, q.stride(1), q.stride(2), k.stride(1), k.stride(2),
             **options(
-            launch.products_warps, launch.products_stages, launch.products_registers, H=H, HV=HV, K=K, BK=power_of_2(K),
-            EPS=NORM_EPS, NORM=prepared.rk is not None,
-            STORE_RQ=store_rq, WITH_Y=with_y, TRUNCATE=truncate, DOT=launch.precision),
+            launch.products_warps, launch.products_stages, launch.products_registers,
+            **_product_sizes(q, prepared), EPS=NORM_EPS, STORE_RQ=store_rq, DOT=launch.precision),
         )  # fmt: skip
     return X, Yt
+
+
+def _room_for_products(q: Tensor, prepared: Prepared, num_chunks: int) -> tuple[Tensor, Tensor]:
+    rows = num_chunks, prepared.G.shape[1]
+    return tuple(torch.empty(*rows, size, CHUNK, dtype=q.dtype, device=q.device) for size in (q.shape[3], CHUNK))  # type: ignore[return-value]
+
+
+def _product_sizes(q: Tensor, prepared: Prepared) -> dict[str, Any]:
+    H, K = q.shape[2], q.shape[3]
+    return {"H": H, "HV": prepared.G.shape[1], "K": K, "BK": power_of_2(K), "NORM": prepared.rk is not None}

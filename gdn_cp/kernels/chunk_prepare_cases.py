@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gdn_cp.kernels.chunk_prepare import NORM_EPS, products_kernel, solve_kernel
+from gdn_cp.kernels.chunk_prepare import (
+    LEADING_SLOTS,
+    NORM_EPS,
+    leading_products_kernel,
+    products_kernel,
+    solve_kernel,
+)
 from gdn_cp.kernels.configs import prepare_config
 
 if TYPE_CHECKING:
@@ -14,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both kernels at Qwen3-Next's heads in bfloat16 and at head dim 64; float32, which nobody trains with, beside."""
+    """All kernels at Qwen3-Next's heads in bfloat16 and at head dim 64; float32, which nobody trains with, beside."""
     cases = []
     for kind, dim, main in (("bf16", 128, True), ("bf16", 64, True), ("bf16", 256, False), ("fp32", 64, False)):
         cases += _cases(kind, dim, main)
@@ -33,6 +39,8 @@ def _cases(kind: str, K: int, main: bool) -> list[CompileCase]:
     solve |= {"chunks_ptr": "*i32", "G_ptr": floats, "bt_ptr": floats, "rk_ptr": floats, "Ag_ptr": tile}
     products = {"q_ptr": tile, "k_ptr": tile, "G_ptr": floats, "rq_ptr": floats, "rk_ptr": floats, "Ag_ptr": tile}
     products |= {"chunks_ptr": "*i32", "X_ptr": tile, "Yt_ptr": tile, "first_chunk": "i32", "scale": "fp32"}
+    leading = {n: kind for n, kind in products.items() if n not in ("chunks_ptr", "first_chunk")}
+    leading |= {"pieces_ptr": "*i32", "roles_ptr": "*i32"}
     product_strides = ("stride_qt", "stride_qh", "stride_kt", "stride_kh")
     return [
         CompileCase(
@@ -52,10 +60,23 @@ def _cases(kind: str, K: int, main: bool) -> list[CompileCase]:
             name=f"chunk_prepare.products/{kind}/K{K}",
             kernel=products_kernel,
             signature=products | dict.fromkeys(product_strides, "i32"),
-            constexprs=heads | {"BK": K, "STORE_RQ": True, "WITH_Y": True, "TRUNCATE": None, "roles_ptr": None},
+            constexprs=heads | {"BK": K, "STORE_RQ": True},
             num_warps=launch.products_warps,
             num_stages=launch.products_stages,
             maxnreg=launch.products_registers,
+            divisible=product_strides,
+            main=main,
+            spills_allowed=kind == "fp32",
+        ),
+        CompileCase(
+            name=f"chunk_prepare.leading_products/{kind}/K{K}",
+            kernel=leading_products_kernel,
+            signature=leading | dict.fromkeys(product_strides, "i32"),
+            constexprs={n: x for n, x in heads.items() if n != "EPS"}
+            | {"BK": K, "TRUNCATE": -10.0, "SLOTS": LEADING_SLOTS},
+            num_warps=launch.products_warps,
+            num_stages=launch.products_stages,
+            maxnreg=launch.leading_registers,
             divisible=product_strides,
             main=main,
             spills_allowed=kind == "fp32",

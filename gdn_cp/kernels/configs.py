@@ -37,6 +37,7 @@ class Launch:
     products_warps: int = 4
     products_stages: int = 1
     products_registers: int | None = None
+    leading_registers: int | None = None  # of the products before heads have forgotten: addresses of a loop are many
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def prepare_config(device: torch.device, dtype: torch.dtype, K: int) -> Launch:
     launch = Launch(precision=dot_precision(dtype))
     if dtype == torch.float32:
         launch = replace(launch, solve_precision="ieee", solve_block=16, products_warps=8)
-        launch = replace(launch, products_registers=128)  # left to itself ptxas takes 32 and spills thousands of bytes
+        # Left to itself ptxas takes 32 and spills thousands of bytes.
+        launch = replace(launch, products_registers=128, leading_registers=128)
     elif dtype == torch.float16:  # its rounding of A is no coarser than tf32's of the factors
         launch = replace(launch, solve_precision="tf32x3")
     if dtype != torch.float32 and K > 128:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdn_cp.kernels import chunk_triton
+from gdn_cp.kernels import chunk_prepare, chunk_triton
 from gdn_cp.kernels import tables as tables_module
 from gdn_cp.kernels.backends import DeltaRuleCall
 from gdn_cp.kernels.chunk_fwd import chain_forward
-from gdn_cp.kernels.chunk_prepare import prepare, prepare_products
+from gdn_cp.kernels.chunk_prepare import prepare, prepare_leading_products, prepare_products
 from gdn_cp.kernels.piece_plan import PIECES_VARIABLE
 from gdn_cp.kernels.reference import recurrent_gated_delta_rule_reference
 from gdn_cp.kernels.tables import chunk_tables
@@ -145,6 +145,31 @@ def test_prepared_matrices_of_a_short_chunk():
     again = prepare_products(q, k, prepared, tables, scale=0.5)
     assert torch.equal(again[0], prepared.X)
     assert torch.equal(again[1], prepared.Yt)
+
+
+def test_leading_products_are_those_of_all_chunks_until_a_head_forgets(monkeypatch):
+    """Of sequences that a state enters; heads that forget never, slowly and at once, in programs of several chunks."""
+    lengths, H, HV, K = (0, 70, 320, 190), 1, 3, 16
+    cu = torch.tensor([0, *lengths], device=DEVICE, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    T = int(cu[-1])
+    inputs = make_inputs(1, T, H, HV, K, 16, N=1)
+    tables = chunk_tables(1, T, cu, DEVICE)
+    g = torch.tensor([0.0, -0.08, -1.0], device=DEVICE).expand(1, T, HV).contiguous()
+    q, k = inputs["q"], inputs["k"]
+    prepared = prepare(q, k, g, inputs["beta"], tables, scale=0.5, num_v_heads=HV, use_qk_l2norm_in_kernel=True)
+    roles = torch.tensor([1, 0, 3, 1], device=DEVICE, dtype=torch.int32)
+    monkeypatch.setattr(chunk_prepare, "LEADING_SLOTS", 2)
+    leading = prepare_leading_products(q, k, prepared, tables, roles, -10.0, scale=0.5)
+    taken = 0
+    for c, (sequence, _, _, index) in enumerate(tables.chunks.tolist()):
+        if sequence < 0 or not roles[sequence] & 1:
+            continue
+        for head, most in enumerate((5, 2, 1)):  # 64 rows of -0.08 are -5.1
+            if index < most:
+                assert torch.equal(leading[0][c, head], prepared.X[c, head])
+                assert torch.equal(leading[1][c, head], prepared.Yt[c, head])
+                taken += 1
+    assert taken == (5 + 2 + 1) + (3 + 2 + 1)
 
 
 def test_tables_of_packed_sequences():
