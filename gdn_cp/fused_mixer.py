@@ -49,7 +49,7 @@ from gdn_cp.kernels.conv1d_triton import (
 from gdn_cp.kernels.norm_triton import gate_heads, gate_heads_backward
 from gdn_cp.kernels.piece_plan import chain_plan
 from gdn_cp.kernels.segments import RuleOptions, TokenInputs
-from gdn_cp.kernels.sums_triton import ColumnSums, LaterSums, sum_partials
+from gdn_cp.kernels.sums_triton import ColumnSums, LaterSums, SharedSums
 from gdn_cp.ownership import all_of_a_storage, counts_of_last_use, is_last_use
 
 if TYPE_CHECKING:
@@ -294,11 +294,9 @@ def _rule_backward(
             halo=halo,
         )  # fmt: skip
         inputs, d_o = _token_inputs(call, qkv, gates, parameters), by_head(d_o, call.heads.head_v_dim)[None]
-        found: Any = call.states.rule.backward(inputs, of_rule, ctx.piece_chunks, d_o, (True,) * 7)
-        dq, dk, dv, d_alpha, d_beta, *of_heads = found
-        if call.shares > 1:
-            of_heads = sum_partials(torch.stack(of_heads)[None], shares=call.shares, share=call.share).unbind()
-        dA_log, d_dt_bias = of_heads
+        sums = SharedSums(later, call.shares, call.share)
+        found: Any = call.states.rule.backward(inputs, of_rule, ctx.piece_chunks, d_o, (True,) * 7, sums)
+        dq, dk, dv, d_alpha, d_beta, dA_log, d_dt_bias = found
     by_row = (gradient.view(len(gates), math.prod(gradient.shape[2:])) for gradient in (dq, dk, dv, d_beta, d_alpha))
     return SectionGradients(*by_row), dA_log, d_dt_bias
 

@@ -36,6 +36,7 @@ from gdn_cp.state_exchange import Maps, StateExchange, state_exchange
 
 if TYPE_CHECKING:
     from gdn_cp.comm.symmetric import Arena
+    from gdn_cp.kernels.sums_triton import SharedSums
 
 
 def convolve_segments(
@@ -192,9 +193,10 @@ class PassingCall:
 
     def backward(
         self, inputs: TokenInputs, saved: list[Tensor | None], piece_chunks: int, d_output: Tensor,
-        needed: tuple[bool, ...],
+        needed: tuple[bool, ...], sums: SharedSums | None = None,
     ) -> Saved:  # fmt: skip
-        """The gradient of each field of the inputs, None where not needed.
+        """The gradient of each field of the inputs, None where not needed; with `sums`, for calls that are checked,
+        those of A_log and dt_bias as `TritonSegmentsBackward.finish` says.
 
         `saved`, what `forward` gave, is emptied: the M, the largest of it, go before the rule's backward has its peak.
         """
@@ -212,7 +214,7 @@ class PassingCall:
         maps = Maps(matrices, lost)
         leaving = self.exchange.backward(d_ext, maps, kernels=bool(kept), meanwhile=pending.prepare)
         del d_ext, maps, matrices
-        return pending.finish(leaving)
+        return pending.finish(leaving, sums)  # type: ignore[arg-type]
 
 
 def passing_call(

@@ -33,6 +33,7 @@ from gdn_cp.kernels.chunk_pieces import piece_states, whole_laws
 from gdn_cp.kernels.chunk_prepare import Prepared, prepare
 from gdn_cp.kernels.configs import on_device
 from gdn_cp.kernels.piece_plan import ChainPlan, chain_plan
+from gdn_cp.kernels.sums_triton import ColumnSums, LaterSums, SharedSums
 from gdn_cp.kernels.tables import ChunkTables, chunk_tables, even_rows
 from gdn_cp.launch_recording import Tensors, replayable
 
@@ -203,21 +204,29 @@ def _state_gradient(*arguments: Any) -> Tensors:
 
 
 def _finish(*arguments: Any, slices: Slices | None = None) -> Tensors:
-    """The rule's gradients, see `TritonSegmentsBackward.finish`. X and Yt: those of all chunks, or None. `slices`: has
-    those of the first slice."""
+    """The rule's gradients, see `TritonSegmentsBackward.finish`; with a share to sum for, instead of the last two what
+    is to be summed to them (or None) and where. X and Yt: those of all chunks, or None. `slices`: has those of the
+    first slice."""
     do, q, k, v, *prepared, cu_seqlens, checkpoints = arguments[:11]
-    g, beta, A_log, dt_bias, starts, sums, X, Yt, entering, d_leaving, settings = arguments[11:]
+    g, beta, A_log, dt_bias, starts, sums, X, Yt, entering, d_leaving, settings, share = arguments[11:]
     slices = slices or _start(do, q, k, v, tuple(prepared), cu_seqlens, checkpoints, settings)
     if X is not None:
         slices.products, slices.prepared_slice = (X, Yt), (0, slices.tables.num_chunks)
+    later = LaterSums()
     found = chunk_gated_delta_rule_bwd(
         do, d_leaving, q, k, v, g, beta, slices.prepared, cu_seqlens, scale=settings.scale, initial_state=entering,
         A_log=A_log, dt_bias=dt_bias, use_qk_l2norm_in_kernel=settings.norm, use_gate_in_kernel=settings.gate,
         use_beta_sigmoid_in_kernel=settings.sigmoid, state_v_first=False, need_dh0=False, checkpoints=checkpoints,
         piece_states=None if starts is None else (starts, sums), piece_chunks=settings.piece_chunks, slices=slices,
         refine_given=False,  # where other ranks continue a sequence, it is no short one
+        **({} if share is None else {"shares": share[0], "share": share[1], "later": later}),
     )  # fmt: skip
-    return found.dq, found.dk, found.dv, found.dg, found.dbeta, found.dA_log, found.ddt_bias
+    of_heads: Tensors = found.dA_log, found.ddt_bias
+    if later.columns:
+        of_heads = later.columns[0].partial, later.columns[0].total
+    elif share is not None:
+        of_heads = None, torch.stack(of_heads)  # type: ignore[arg-type]
+    return found.dq, found.dk, found.dv, found.dg, found.dbeta, *of_heads
 
 
 class TritonSegmentsBackward:
@@ -254,19 +263,37 @@ class TritonSegmentsBackward:
             self._slices = _start(do, q, k, v, tuple(prepared), cu_seqlens, checkpoints, self.settings)
             prepare_first_slice(do, self._slices)
 
-    def finish(self, d_leaving: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the fields of the inputs, None where not needed, given those of the states that leave."""
+    def finish(self, d_leaving: Tensor, sums: SharedSums | None = None) -> tuple[Tensor | None, ...]:
+        """The gradients of the fields of the inputs, None where not needed, given those of the states that leave.
+
+        With `sums` those of A_log and dt_bias are float32, of the heads of all shares, and filled when it is launched.
+        """
         x = self.inputs
         given = (_rows(x.g), _rows(x.beta), x.A_log, x.dt_bias, self.starts, self.sums)
         tensors = (*self._tensors, *given, *self._products, self.entering, d_leaving)
+        settings = self.settings, None if sums is None else (sums.shares, sums.share)
         self._products = None, None
         with on_device(d_leaving.device):
             if self._slices is None:
-                found = replayable(_finish, tensors, (self.settings,))
+                found = replayable(_finish, tensors, settings)
             else:  # they let go of their first products when those are done with, as a replay cannot
                 slices, self._slices = self._slices, None
-                found = _finish(*tensors, self.settings, slices=slices)
-        return tuple(
+                found = _finish(*tensors, *settings, slices=slices)
+        gradients = tuple(
             dx.to(x.dtype).view(x.shape) if needed and x is not None and dx is not None else None
-            for x, dx, needed in zip(self.inputs.tensors(), found, self.needed, strict=True)
+            for x, dx, needed in zip(self.inputs.tensors()[:5], found[:5], self.needed[:5], strict=True)
         )
+        return *gradients, *self._of_heads(found[5], found[6], sums)
+
+    def _of_heads(self, first: Tensor | None, second: Tensor | None, sums: SharedSums | None) -> Kept:
+        """The gradients of A_log and dt_bias out of the last two results of `_finish`."""
+        if sums is None:
+            given = (self.inputs.A_log, self.inputs.dt_bias)
+            return tuple(
+                dx.to(x.dtype).view(x.shape) if needed and x is not None and dx is not None else None
+                for x, dx, needed in zip(given, (first, second), self.needed[5:], strict=True)
+            )
+        assert second is not None
+        if first is not None:
+            sums.later.add(ColumnSums(first, second, sums.shares, sums.share))
+        return second.unbind()

@@ -212,8 +212,9 @@ class RuleBackward:
     def prepare(self) -> None:
         """Nothing that `finish` needs can be made before the gradients of the final states are there."""
 
-    def finish(self, d_leaving: Tensor) -> tuple[Tensor | None, ...]:
-        """Return each input's gradient, None where not needed, given those of the final states; frees the graph."""
+    def finish(self, d_leaving: Tensor, sums: None = None) -> tuple[Tensor | None, ...]:
+        """Return each input's gradient, None where not needed, given those of the final states; frees the graph. Only
+        Triton's kernels leave sums for later."""
         wanted = [x for x in self.leaves if x is not None and x.requires_grad]
         found = iter(torch.autograd.grad(self.outputs, wanted, (self.d_output, d_leaving)))
         return tuple(next(found) if x is not None and x.requires_grad else None for x in self.leaves)

@@ -157,6 +157,15 @@ class LaterSums:
         self.columns, self._taps = [], None
 
 
+@dataclass(frozen=True, eq=False)
+class SharedSums:
+    """Sums that wait, over heads that are the share-th of `shares`: see `sum_partials`."""
+
+    later: LaterSums
+    shares: int = 1
+    share: int = 0
+
+
 def sum_partials(
     partial: Tensor, dtype: torch.dtype = torch.float32, shares: int = 1, share: int = 0,
     later: LaterSums | None = None,
