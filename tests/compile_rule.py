@@ -46,8 +46,10 @@ def compiled_for(capability: int, dim: int) -> dict[str, list[int]]:
     configs.multiprocessors = lambda device: PROCESSORS  # type: ignore[assignment]
     from gdn_cp import launch
     from gdn_cp.kernels.chunk_pieces import ENTERED, LEFT
+    from gdn_cp.kernels.chunk_prepare import Prepared, prepare_leading_products
     from gdn_cp.kernels.chunk_triton import rule_backward, rule_forward
     from gdn_cp.kernels.segments import RuleOptions, SegmentRule, TokenInputs, begin_segment_backward
+    from gdn_cp.kernels.tables import chunk_tables
 
     launch._direct = False
     found: dict[str, list[int]] = {}
@@ -86,6 +88,9 @@ def compiled_for(capability: int, dim: int) -> dict[str, list[int]]:
     )
     back.state_gradient()
     back.finish(states[1])
+    prepared = Prepared(*segments.kept()[0][:5])  # type: ignore[arg-type]
+    tables = chunk_tables(1, T, bounds, bounds.device)
+    prepare_leading_products(*inputs[:2], prepared, tables, roles, -10.0, scale=1.0)  # those of long batches
     return found
 
 

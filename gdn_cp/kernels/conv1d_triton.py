@@ -299,7 +299,8 @@ causal_conv1d_op.register_autograd(_backward, setup_context=_setup_context)
 
 def compile_cases() -> list[CompileCase]:
     """bfloat16 channels of a section of a projection with 4 taps; float32; 8 taps and every option; one of 4 shares of
-    Qwen3-Next's channels, between exchange buffers, alone and with a copy of x."""
+    Qwen3-Next's channels, between exchange buffers, alone and with a copy of x; all of them with a halo, between
+    exchange buffers and in a rank's own memory."""
     cases = [
         *_cases_of("bf16", "*bf16", "*bf16", Channels(0, 2048)),
         *_cases_of("fp32", "*fp32", "*fp32", Channels(0, 2048)),
@@ -307,6 +308,7 @@ def compile_cases() -> list[CompileCase]:
         *_cases_of("exchange", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8),
         *_cases_of("exchange/kept", "*bf16", "*bf16", Channels(512, 1024, 4, 1), heads=8, keep=True),
         *_cases_of("halo", "*bf16", "*bf16", Channels(2048, 4096), heads=32, halo=True, keep_halo=True),
+        *_cases_of("halo/own", "*bf16", "*bf16", Channels(2048, 4096), heads=32, halo=True, keep_halo=True, own=True),
     ]
 
     return cases
@@ -314,10 +316,10 @@ def compile_cases() -> list[CompileCase]:
 
 def _cases_of(
     name: str, x: str, weight: str, channels: Channels, *, W: int = 4, heads: int = 0, keep: bool = False,
-    main: bool = True, halo: bool = False, keep_halo: bool = False,
+    main: bool = True, halo: bool = False, keep_halo: bool = False, own: bool = False,
 ) -> list[CompileCase]:  # fmt: skip
     """Forward and backward for one set of types; the bias is left out with 4 taps, as in Qwen3-Next. With heads rows
-    are mapped and gates copied; where x was kept, only the gradient's rows are mapped."""
+    are mapped, but for a rank's `own`, and gates copied; where x was kept, only the gradient's rows are mapped."""
     from gdn_cp.kernels.compile_report import CompileCase
 
     strides = ("x_row", "y_row", "dx_row", "dq_row", "dk_row", "dv_row", "halo_row", "d_halo_row")
@@ -326,13 +328,15 @@ def _cases_of(
     numbers = ("num_chunks", "chunks_per_program", "share", "gate_column", *strides)
     types |= {"partial": "*fp32"} | dict.fromkeys(numbers, "i32")
     gates = GateColumns(channels.count, 2 * heads) if heads else None
-    mapped = gates is not None
+    mapped = gates is not None and not own
     constants: dict[str, Any] = {"HAS_BIAS": W > 4, "SILU": True, "KEEP": keep, "PARAMETERS": True, "HALO": halo}
     constants |= {} if halo else dict.fromkeys(("halo", "halo_at", "d_halo", "d_halo_at"))
     constants |= {} if keep_halo else {"kept_halo": None}
     constants |= {"DX_MAPPED": mapped} | ({} if W > 4 else {"bias": None}) | ({} if keep else {"kept": None})
     if not mapped:
-        constants |= dict.fromkeys(("dx_rows", "gates", "d_beta", "d_alpha"))
+        constants |= {"dx_rows": None}
+    if gates is None:
+        constants |= dict.fromkeys(("gates", "d_beta", "d_alpha"))
     cases = []
     for kind, kernel, per_thread, group in (
         ("forward", conv1d_forward_kernel, FORWARD_BYTES // (2 if x == "*bf16" else 4), FORWARD_GROUP),
@@ -348,5 +352,7 @@ def _cases_of(
         divisible = tuple(n for n in strides if n in signature)
         limit = _registers(W, halo, keep_halo) if kind == "forward" else {}
         options: dict[str, Any] = {"num_warps": warps, "divisible": divisible, "main": main, **limit}
+        # Two registers of the loop over chunks wait in memory during that over rows.
+        options["spills_allowed"] = own and kind == "forward"
         cases.append(CompileCase(f"conv1d.{kind}/{name}", kernel, signature, given, **options))
     return cases

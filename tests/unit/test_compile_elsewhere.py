@@ -17,6 +17,7 @@ SHARED = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}  # 
 KERNELS = {
     "solve_kernel",
     "products_kernel",
+    "leading_products_kernel",
     "_chain_kernel",
     "chains_kernel",
     "scores_kernel",
