@@ -382,10 +382,10 @@ def leading_products_kernel(
     SLOTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Program (whole sequence, slot, value head): X and Yt of those chunks that a walk for the gradient before the
-    sequence takes, if a state enters it (`roles`): up to the first from which on gates sum to less than TRUNCATE.
+    sequence takes, if a state enters it (`roles`): its first ones, until their gates sum to less than TRUNCATE.
 
     A program does every SLOTS-th of them. One for each chunk of the batch would have to ask whether that is among them,
-    and most do nothing else: that took longer than the products.
+    and most would do nothing else: that took longer than the products.
     """
     pid = tl.program_id(0)
     hv = pid % HV
@@ -517,8 +517,9 @@ def _products(
 
 
 def _room_for_products(q: Tensor, prepared: Prepared, num_chunks: int) -> tuple[Tensor, Tensor]:
-    rows = num_chunks, prepared.G.shape[1]
-    return tuple(torch.empty(*rows, size, CHUNK, dtype=q.dtype, device=q.device) for size in (q.shape[3], CHUNK))  # type: ignore[return-value]
+    HV, K = prepared.G.shape[1], q.shape[3]
+    X = torch.empty(num_chunks, HV, K, CHUNK, dtype=q.dtype, device=q.device)
+    return X, torch.empty(num_chunks, HV, CHUNK, CHUNK, dtype=q.dtype, device=q.device)
 
 
 def _product_sizes(q: Tensor, prepared: Prepared) -> dict[str, Any]:
